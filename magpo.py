@@ -20,10 +20,10 @@ from the episode's last observation instead of counting as terminal; values are 
 advantages are normalised over the whole rollout; the evaluation uses the parameters it is logged with.
 """
 
+import argparse
 import csv
 import ctypes
 import math
-import os
 import random
 import sys
 import time
@@ -44,9 +44,7 @@ from envs import ENVS, make
 
 Distribution.set_default_validate_args(False)  # validation reads values back from the device at every call
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Options
-# ----------------------------------------------------------------------------------------------------------------------
+# --- Options ----------------------------------------------------------------------------------------------------------
 
 SPREAD = dict(
     total_timesteps=2_400_000, gamma=0.95, gae_lambda=0.9, learning_rate=2e-3, max_grad_norm=1.0, delta=2.0, ent_coef=0.003
@@ -93,7 +91,7 @@ class Args:
     gae_lambda: float = 0.95
     """lambda of generalized advantage estimation (not the paper's lambda)"""
     num_minibatches: int = 4
-    """minibatches per epoch; each is a subset of the environments, over all T steps"""
+    """minibatches per epoch, drawn from all T x E steps"""
     update_epochs: int = 4
     """passes over each rollout"""
     clip_coef: float = 0.2
@@ -150,8 +148,8 @@ def validate(args):
             raise ValueError(f"{name} must lie in [0, 1], but is {getattr(args, name)}.")
     if not args.delta > 1:
         raise ValueError(f"delta must be above 1 (the guider's distance from the learners), but is {args.delta}.")
-    if args.num_envs % args.num_minibatches:
-        raise ValueError(f"num_envs ({args.num_envs}) must be a multiple of num_minibatches ({args.num_minibatches}).")
+    if args.num_envs * args.num_steps % args.num_minibatches:
+        raise ValueError(f"num_envs x num_steps must be a multiple of num_minibatches ({args.num_minibatches}).")
     if args.embed_dim % args.num_heads:
         raise ValueError(f"embed_dim ({args.embed_dim}) must be a multiple of num_heads ({args.num_heads}).")
     if args.total_timesteps < args.num_envs * args.num_steps:
@@ -159,9 +157,7 @@ def validate(args):
     make(args.env, 1)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Networks
-# ----------------------------------------------------------------------------------------------------------------------
+# --- Networks ---------------------------------------------------------------------------------------------------------
 
 
 def distribution(params, continuous):
@@ -287,22 +283,13 @@ class ValueNorm(nn.Module):
         self.moments.lerp_(torch.stack([torch.ones_like(x.mean()), x.mean(), x.square().mean()]), 1 - self.decay)
 
     def stats(self):
+        """Mean and deviation; 0 and 0.001 before the first update."""
         weight, mean, square = self.moments
         mean, square = mean / weight.clamp(min=1e-8), square / weight.clamp(min=1e-8)
         return mean, (square - mean.square()).clamp(min=1e-6).sqrt()
 
-    def normalize(self, x):
-        mean, std = self.stats()
-        return (x - mean) / std
 
-    def denormalize(self, x):
-        mean, std = self.stats()
-        return x * std + mean
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The equations
-# ----------------------------------------------------------------------------------------------------------------------
+# --- The equations ----------------------------------------------------------------------------------------------------
 
 
 def compute_gae(rewards, values, next_values, terminations, truncations, gamma, gae_lambda):
@@ -370,9 +357,7 @@ def learner_loss(learner_logprobs, old_logprobs, advantages, kl, clip_coef, lam)
     return (kl - lam * surrogate).mean()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Training
-# ----------------------------------------------------------------------------------------------------------------------
+# --- Training ---------------------------------------------------------------------------------------------------------
 
 
 def detached(policy):
@@ -413,7 +398,8 @@ def train(args):
     guider_optimizer = torch.optim.Adam(guider.parameters(), args.learning_rate, eps=1e-5, fused=True)
     learner_optimizer = torch.optim.Adam(learner.parameters(), args.learning_rate, eps=1e-5, fused=True)
     value_norm = ValueNorm().to(device)
-    run_dir = new_folder(args)
+    run_dir = Path(args.runs_dir) / f"{args.env}__{args.algo}__{args.seed}__{time.time():.2f}"
+    run_dir.mkdir(parents=True)
     writer, log = SummaryWriter(run_dir), open(run_dir / "metrics.csv", "w", newline="")
 
     T, E, (N, D) = args.num_steps, args.num_envs, envs.single_observation_space.shape
@@ -455,59 +441,63 @@ def train(args):
                 episode_returns[t] = returns_so_far
                 returns_so_far *= ~(terminations[t] | truncations[t])
 
-            values = value_norm.denormalize(values)
-            next_values = torch.cat([values[1:], value_norm.denormalize(guider.encode(next_obs)[1])[None]])
-            if truncations.any():  # the next value above belongs to the next episode: take the last observation's
-                next_values[truncations] = value_norm.denormalize(guider.encode(final_obs[truncations])[1])
-            advantages, returns = compute_gae(
-                rewards[..., None], values, next_values, terminations[..., None], truncations[..., None], args.gamma, args.gae_lambda
-            )
+            mean, std = value_norm.stats()
+            values = values * std + mean
+            next_values = torch.cat([values[1:], guider.encode(next_obs)[1][None] * std + mean])  # (T, E, N)
+            if truncations.any():  # the values just taken belong to the next episode: take the last observation's
+                next_values[truncations] = guider.encode(final_obs[truncations])[1] * std + mean
+            ended = (terminations[..., None], truncations[..., None])  # (T, E, 1)
+            advantages, returns = compute_gae(rewards[..., None], values, next_values, *ended, args.gamma, args.gae_lambda)
             explained_variance = 1 - (returns - values).var() / returns.var().clamp(min=1e-8)
             value_norm.update(returns)
-            returns = value_norm.normalize(returns)
+            mean, std = value_norm.stats()
+            returns = (returns - mean) / std
             advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
 
+        # Any step of any environment may share a minibatch: of whole episodes fewer are independent, and learning is slower
+        batch = [x.flatten(0, 1) for x in (obs, actions, logprobs, advantages, returns) + ((base,) if args.residual else ())]
         losses = []
         for _ in range(args.update_epochs):
-            for b in torch.randperm(E, device=device).chunk(args.num_minibatches):
+            for b in torch.randperm(T * E, device=device).chunk(args.num_minibatches):
+                b_obs, b_actions, b_logprobs, b_advantages, b_returns, *b_base = (x[b] for x in batch)  # (batch, N, ...)
                 # Both losses are computed at the same parameters, then both networks step; neither loss moves the other's
-                pi = learner(obs[:, b])
-                pi_logprobs = pi.log_prob(actions[:, b])  # (T, E/minibatches, N)
-                if args.algo == "mappo":
-                    new_values = guider.encode(obs[:, b])[1]
+                pi = learner(b_obs)
+                pi_logprobs = pi.log_prob(b_actions)  # (batch, N)
+                if args.algo == "mappo":  # no guider policy: PPO on the learners, with the guider's critic
+                    new_values = guider.encode(b_obs)[1]
                     loss_mu = mask = clipped = kl = torch.zeros((), device=device)
-                    loss_pi = learner_loss(pi_logprobs, logprobs[:, b], advantages[:, b], kl, args.clip_coef, 1.0)
-                    entropy, loss_pi = pi.entropy().mean(), loss_pi - args.ent_coef * pi.entropy().mean()
+                    entropy = pi.entropy().mean()
+                    loss_pi = learner_loss(pi_logprobs, b_logprobs, b_advantages, kl, args.clip_coef, 1.0) - args.ent_coef * entropy
                 else:
-                    mu, new_values = guider(obs[:, b], actions[:, b], base[:, b] if args.residual else None)
-                    mu_logprobs = mu.log_prob(actions[:, b])
-                    # Step 2, guider update (Eq. 9), and with it step 4: the bound delta is the backtracking in practice
+                    mu, new_values = guider(b_obs, b_actions, *b_base)
+                    mu_logprobs, entropy = mu.log_prob(b_actions), mu.entropy().mean()
+
+                    # Step 2, guider update (Eq. 9); its bound delta is at the same time step 4, the backtracking, in practice
                     kl = kl_divergence(mu, detached(pi))
                     loss_mu, mask, clipped = guider_loss(
-                        mu_logprobs, pi_logprobs, logprobs[:, b], advantages[:, b], kl, args.clip_coef, args.delta
+                        mu_logprobs, pi_logprobs, b_logprobs, b_advantages, kl, args.clip_coef, args.delta
                     )
-                    entropy = mu.entropy().mean()
                     loss_mu = loss_mu - args.ent_coef * entropy
+
                     # Step 3, learner update (Eq. 10)
                     kl = kl_divergence(detached(mu), pi)
-                    loss_pi = learner_loss(pi_logprobs, logprobs[:, b], advantages[:, b], kl, args.clip_coef, args.lam)
-                loss_v = 0.5 * (new_values - returns[:, b]).square().mean()
+                    loss_pi = learner_loss(pi_logprobs, b_logprobs, b_advantages, kl, args.clip_coef, args.lam)
+
+                loss_v = 0.5 * (new_values - b_returns).square().mean()
                 guider_optimizer.zero_grad(), learner_optimizer.zero_grad()
                 (loss_mu + args.vf_coef * loss_v + loss_pi).backward()
-                guider_norm = nn.utils.clip_grad_norm_(guider.parameters(), args.max_grad_norm)
-                learner_norm = nn.utils.clip_grad_norm_(learner.parameters(), args.max_grad_norm)
+                norms = [nn.utils.clip_grad_norm_(net.parameters(), args.max_grad_norm) for net in (guider, learner)]
                 guider_optimizer.step(), learner_optimizer.step()
-                losses.append(torch.stack([loss_mu, loss_pi, loss_v, kl.mean(), entropy, mask, clipped, guider_norm, learner_norm]).detach())
+                losses.append(torch.stack([loss_mu, loss_pi, loss_v, kl.mean(), entropy, mask, clipped, *norms]).detach())
 
         ended = terminations | truncations
         names = "guider_loss learner_loss value_loss kl entropy mask_frac clip_frac guider_grad_norm learner_grad_norm".split()
         row = dict(step=iteration * T * E, seconds=time.time() - start, cpu_seconds=time.process_time() - start_cpu)
-        row |= dict(zip(names, torch.stack(losses).mean(0).tolist()), explained_variance=explained_variance.item())
-        row["guider_return"] = episode_returns[ended].mean().item() if ended.any() else math.nan
+        row |= dict(guider_return=episode_returns[ended].mean().item(), learner_return=math.nan)  # nan: no episode ended
         if iteration % args.eval_every == 0 or iteration in (1, num_iterations):
             row["learner_return"] = evaluate(args, guider, learner, "learner", args.num_envs, args.seed + 1).mean().item()
-        else:
-            row["learner_return"] = math.nan
+            progress.set_postfix(guider=f"{row['guider_return']:.2f}", learners=f"{row['learner_return']:.2f}")
+        row |= dict(zip(names, torch.stack(losses).mean(0).tolist()), explained_variance=explained_variance.item())
         rows.append(row)
         if iteration == 1:
             table = csv.DictWriter(log, row.keys())
@@ -515,10 +505,8 @@ def train(args):
         table.writerow(row), log.flush()
         for name, value in row.items():
             writer.add_scalar(name, value, row["step"])
-        if not math.isnan(row["learner_return"]):
-            progress.set_postfix(guider=f"{row['guider_return']:.2f}", learners=f"{row['learner_return']:.2f}")
 
-    save(run_dir / "checkpoint.pt", args, guider, learner)
+    torch.save(dict(args=asdict(args), guider=guider.state_dict(), learner=learner.state_dict()), run_dir / "checkpoint.pt")
     print_table(args, guider, learner, envs.references)
     draw_curve(run_dir / "curve.png", args, rows)
     log.close(), writer.close()
@@ -562,15 +550,6 @@ def print_table(args, guider, learner, references):
         print(f"  {f'({name})':22s} {score:9.2f}")
 
 
-def new_folder(args):
-    """Make runs/<env>__<algo>__<seed>__<time>/ -> its Path."""
-    now = int(time.time())
-    while (path := Path(args.runs_dir) / f"{args.env}__{args.algo}__{args.seed}__{now}").exists():
-        now += 1
-    path.mkdir(parents=True)
-    return path
-
-
 def draw_curve(path, args, rows):
     """Draw both returns over the environment steps."""
     import matplotlib
@@ -585,11 +564,6 @@ def draw_curve(path, args, rows):
     plt.legend(), plt.savefig(path, dpi=120), plt.close()
 
 
-def save(path, args, guider, learner):
-    """Write a checkpoint: arguments and both networks."""
-    torch.save(dict(args=asdict(args), guider=guider.state_dict(), learner=learner.state_dict()), path)
-
-
 def load(path):
     """Read a checkpoint -> Args, Guider, Learner (on the CPU)."""
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
@@ -601,8 +575,9 @@ def load(path):
 
 def main():
     """The command line: options as in Args; wrong ones end in one sentence and exit code 2."""
-    env = next((value for flag, value in zip(sys.argv, sys.argv[1:]) if flag == "--env"), Args.env)
-    args = tyro.cli(Args, default=Args(env=env))
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--env", default=Args.env)
+    args = tyro.cli(Args, default=Args(env=first.parse_known_args()[0].env))  # so that --help shows the preset too
     try:
         validate(args)
     except ValueError as error:

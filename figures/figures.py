@@ -1,0 +1,227 @@
+"""Every sweep and every picture of README.md and TUTORIAL.md.
+
+    python figures/figures.py sweep NAME   run what is missing of one experiment; rows go to figures/NAME.csv, a line per run is printed
+    python figures/figures.py tables       print the tables of all CSVs
+    python figures/figures.py draw         redraw every picture from the CSVs
+    python figures/figures.py theory       recompute figures/kl_direction.csv (exact tables, seconds)
+
+A sweep can be stopped and started again: runs whose rows stand in the CSV are skipped. Returns are the learners'
+(sampled) and the guider's, over fresh episodes with the parameters of the moment; cpu_seconds is the process's CPU time.
+"""
+
+import csv
+import itertools
+import math
+import sys
+import tempfile
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+
+import envs  # noqa: E402
+import magpo  # noqa: E402
+from figures import theory  # noqa: E402
+
+ALGOS = ("magpo", "mappo", "ctds")
+DELTAS = (1.05, 1.2, 1.5, 2.0, 4.0, math.inf)
+
+
+def grid(seeds, **options):
+    """All combinations of the options' values (a tuple is a list of values), for every seed -> list of dicts."""
+    values = [value if isinstance(value, tuple) else (value,) for value in options.values()]
+    return [dict(zip(options, chosen), seed=seed) for chosen in itertools.product(*values) for seed in seeds]
+
+
+EXPERIMENTS = {
+    "mpe_spread": grid((1, 2, 3), env="mpe_spread", algo=ALGOS),
+    "coordsum": grid((1, 2, 3, 4, 5), env="coordsum_3x10", algo=ALGOS),
+    "sum10": grid((1, 2, 3, 4, 5), env="matrix_sum10", algo=ALGOS),
+    "matrix": grid((1, 2, 3, 4, 5), env=("matrix_climbing", "matrix_penalty", "matrix_xor", "matrix_sum10")),
+    "delta_matrix": grid((1, 2, 3, 4, 5), env=("matrix_climbing", "matrix_sum10"), delta=DELTAS),
+    "delta_coordsum": grid((1, 2, 3), env="coordsum_3x10", delta=DELTAS, total_timesteps=400_000),
+    "delta_lambda": grid((1, 2, 3), env="matrix_sum10", delta=(1.05, 1.2, 1.5, 2.0, math.inf), lam=(0.0, 0.5, 2.0, 8.0)),
+    "backtracking": grid((1, 2, 3), env="coordsum_3x10", backtracking=("soft", "reset"), residual=(False, True), total_timesteps=400_000)
+    + grid((1,), env="mpe_spread", backtracking=("soft", "reset"), residual=(False, True), total_timesteps=800_000),
+    "tuning": grid((11,), env="coordsum_3x10", algo=ALGOS, ent_coef=(0.003, 0.01, 0.03), learning_rate=(1e-3, 2e-3, 4e-3), total_timesteps=400_000),
+}
+EXPERIMENTS["backtracking"] = [run for run in EXPERIMENTS["backtracking"] if run["residual"] or run["backtracking"] == "soft"]
+
+
+def command(options):
+    """The command line that repeats a run."""
+    flags = (f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}") for name, value in options.items() if value is not False)
+    return "python magpo.py " + " ".join(flags)
+
+
+def read(name):
+    """Rows of figures/NAME.csv, numbers as floats -> list of dicts; none if there is no such file."""
+    path = HERE / f"{name}.csv"
+    if not path.exists():
+        return []
+    with open(path) as file:
+        return [{k: v if k in ("command", "env", "algo") else float(v) for k, v in row.items()} for row in csv.DictReader(file)]
+
+
+def sweep(name):
+    """Run what is missing of an experiment; one CSV row per evaluation, the last one of a run over args.eval_episodes."""
+    runs, done = EXPERIMENTS[name], {row["command"] for row in read(name)}
+    for number, options in enumerate(runs, 1):
+        if command(options) in done:
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            args = magpo.Args(**options, runs_dir=folder)
+            run_dir = magpo.train(args)
+            with open(run_dir / "metrics.csv") as file:
+                metrics = [row for row in csv.DictReader(file) if row["learner_return"] != "nan"]
+            args, guider, learner = magpo.load(run_dir / "checkpoint.pt")
+        keys = ("step", "cpu_seconds", "guider_return", "learner_return")
+        rows = [{key: f"{float(row[key]):.6g}" for key in keys} for row in metrics]
+        policies = ("learner", "learner_greedy") + ("guider",) * (args.algo != "mappo")
+        final = {p: magpo.evaluate(args, guider, learner, p, args.eval_episodes, args.seed + 2).mean().item() for p in policies}
+        extra = {"algo": args.algo, "env": args.env, "seed": args.seed, "delta": args.delta, "lam": args.lam, "command": command(options)}
+        rows = [row | {"final": 0} | extra for row in rows]
+        last = {"guider_return": f"{final.get('guider', math.nan):.6g}", "learner_return": f"{final['learner']:.6g}", "final": 1}
+        rows.append(rows[-1] | last)
+        path = HERE / f"{name}.csv"
+        new = not path.exists()
+        with open(path, "a", newline="") as file:
+            table = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
+            table.writeheader() if new else None
+            table.writerows(rows)
+        print(f"[{number}/{len(runs)}] {final['learner']:9.3f} {rows[-1]['cpu_seconds']:>6s} cpu-s  {command(options)}", flush=True)
+
+
+def without_seed(run):
+    return run["command"].split(" --seed ")[0]
+
+
+def interval(values):
+    """Mean and the 95 % bootstrap interval of the mean over seeds."""
+    rng = np.random.default_rng(0)
+    means = rng.choice(values, (10_000, len(values))).mean(1)
+    return np.mean(values), *np.quantile(means, (0.025, 0.975))
+
+
+def tables():
+    """Print, for every experiment that has run, the final returns over seeds: mean, 95 % bootstrap interval, each seed."""
+    for name in EXPERIMENTS:
+        last = [row for row in read(name) if row["final"] == 1]
+        for title in dict.fromkeys(map(without_seed, last)):
+            runs = [row for row in last if without_seed(row) == title]
+            mean, low, high = interval([row["learner_return"] for row in runs])
+            seeds = " ".join(f"{row['learner_return']:.2f}" for row in runs)
+            guider, cpu = (np.mean([row[key] for row in runs]) for key in ("guider_return", "cpu_seconds"))
+            steps = runs[0]["step"] / 1e6
+            print(f"learners {mean:8.2f} [{low:.2f}, {high:.2f}] ({seeds}); guider {guider:8.2f}; {steps:.2f} M steps, {cpu:.0f} cpu-s: {title}")
+
+
+def savefig(name):
+    plt.tight_layout()
+    plt.savefig(HERE / f"{name}.png", dpi=110)
+    plt.close()
+
+
+COLORS = {"magpo": "tab:blue", "mappo": "tab:orange", "ctds": "tab:green"}
+
+
+def draw_curves(name):
+    """Learning curves with 95 % bootstrap bands (left), and guider against learners (right)."""
+    rows = [row for row in read(name) if row["final"] == 0]
+    _, (left, right) = plt.subplots(1, 2, figsize=(11, 3.8))
+    for algo in ALGOS:
+        steps = sorted({row["step"] for row in rows if row["algo"] == algo})
+        for axes, key, style in ((left, "learner_return", "-"), (right, "learner_return", "-"), (right, "guider_return", ":")):
+            if algo == "mappo" and key == "guider_return" or not steps:
+                continue
+            band = np.array([interval([r[key] for r in rows if r["algo"] == algo and r["step"] == step]) for step in steps])
+            axes.plot(steps, band[:, 0], style, color=COLORS[algo], label=f"{algo} {key.split('_')[0]}")
+            if axes is left:
+                axes.fill_between(steps, band[:, 1], band[:, 2], color=COLORS[algo], alpha=0.2, lw=0)
+    env = rows[0]["env"]
+    for reference, score in envs.make(env, 1).references.items():
+        left.axhline(score, color="gray", lw=0.8, ls="--")
+        left.text(0, score, reference, fontsize=7, va="bottom", color="gray")
+    for axes, title in ((left, "learners, 95 % bootstrap band over seeds"), (right, "the imitation gap: guider (dotted), learners")):
+        axes.set(xlabel="environment steps", ylabel="mean team return", title=f"{env}: {title}")
+        axes.title.set_fontsize(9), axes.legend(fontsize=7)
+    savefig(name)
+
+
+def draw_delta():
+    """Final return of the learners against delta; infinity is drawn at the right end."""
+    runs = [row for name in ("delta_matrix", "delta_coordsum") for row in read(name) if row["final"] == 1]
+    names = list(dict.fromkeys(row["env"] for row in runs))
+    _, axes = plt.subplots(1, len(names), figsize=(4 * len(names), 3.4), squeeze=False)
+    for ax, env in zip(axes[0], names):
+        deltas = sorted({row["delta"] for row in runs if row["env"] == env})
+        band = np.array([interval([r["learner_return"] for r in runs if r["env"] == env and r["delta"] == d]) for d in deltas])
+        ax.errorbar(range(len(deltas)), band[:, 0], np.abs(band[:, 1:] - band[:, :1]).T, marker="o", capsize=3)
+        ax.set_xticks(range(len(deltas)), [f"{d:g}" for d in deltas])
+        ax.set(title=env, xlabel="delta", ylabel="learners' return")
+    savefig("delta")
+
+
+def draw_delta_lambda():
+    """Mean final return of the learners on sum10 for each delta and lambda."""
+    runs = [row for row in read("delta_lambda") if row["final"] == 1]
+    deltas, lams = (sorted({row[key] for row in runs}) for key in ("delta", "lam"))
+    cells = [[np.mean([r["learner_return"] for r in runs if (r["delta"], r["lam"]) == (d, lam)] or [math.nan]) for d in deltas] for lam in lams]
+    plt.figure(figsize=(5, 3.4))
+    plt.imshow(cells, vmin=0, vmax=1, cmap="viridis", aspect="auto", origin="lower")
+    for (i, lam), (j, d) in itertools.product(enumerate(lams), enumerate(deltas)):
+        plt.text(j, i, f"{cells[i][j]:.2f}", ha="center", va="center", color="w" if cells[i][j] < 0.6 else "k")
+    plt.xticks(range(len(deltas)), [f"{d:g}" for d in deltas]), plt.yticks(range(len(lams)), [f"{lam:g}" for lam in lams])
+    plt.xlabel("delta"), plt.ylabel("lambda"), plt.title("matrix_sum10: learners' return", fontsize=9)
+    savefig("delta_lambda")
+
+
+GAMES = {"climbing": envs.CLIMBING, "penalty": envs.PENALTY}
+
+
+def kl_direction():
+    """Write figures/kl_direction.csv: exact MAGPO with both directions of the KL, 50 random starts (Dirichlet(1)), seed 0."""
+    rows = []
+    for eta, iterations in ((1.0, 200), (0.01, 3000)):
+        rows += theory.kl_directions(GAMES, [eta], 50, iterations, np.random.default_rng(0))
+    with open(HERE / "kl_direction.csv", "w", newline="") as file:
+        table = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
+        table.writeheader(), table.writerows(rows)
+    for row in rows:
+        print(row)
+
+
+def draw_kl_direction():
+    """Exact J of the learners per iteration, both directions of the KL from the same ten starts."""
+    _, axes = plt.subplots(1, 2, figsize=(9, 3.4))
+    for ax, (game, payoff) in zip(axes, GAMES.items()):
+        for (direction, J), color in zip(theory.curves(payoff, 1.0, 10, 30, np.random.default_rng(0)).items(), ("tab:red", "tab:blue")):
+            ax.plot(J, color=color, lw=0.9)
+            ax.plot([], [], color=color, label=direction.replace("_", " "))
+        ax.set(title=f"{game}, eta = 1, exact", xlabel="iteration", ylabel="J of the learners")
+        ax.legend(fontsize=8)
+    savefig("kl_direction")
+
+
+def draw():
+    for name in ("mpe_spread", "coordsum", "sum10"):
+        if read(name):
+            draw_curves(name)
+    if read("delta_matrix"):
+        draw_delta()
+    if read("delta_lambda"):
+        draw_delta_lambda()
+    draw_kl_direction()
+
+
+if __name__ == "__main__":
+    actions = {"sweep": sweep, "tables": tables, "draw": draw, "theory": kl_direction}
+    if len(sys.argv) < 2 or sys.argv[1] not in actions or (sys.argv[1] == "sweep" and sys.argv[2:3] != [n for n in EXPERIMENTS if n in sys.argv[2:3]]):
+        sys.exit(__doc__ + f"\nexperiments: {', '.join(EXPERIMENTS)}")
+    actions[sys.argv[1]](*sys.argv[2:])

@@ -1,0 +1,542 @@
+"""Tests: shapes, leaks, equations, environments, learning, command line. `pytest` runs all, in under two minutes on two cores.
+
+Wherever it can be had the oracle is independent of the code: mpe2 itself, brute force, hand-computed points, exact
+expectations over all joint actions.
+"""
+
+import csv
+import itertools
+import math
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import envs
+import magpo
+
+HERE = Path(__file__).parent
+torch.set_num_threads(1)
+
+
+def networks(num_agents=4, obs_dim=6, action_dim=5, continuous=False, seed=0, dtype=torch.float64):
+    """A guider and a learner whose outputs are far from uniform, so that every dependence shows."""
+    torch.manual_seed(seed)
+    guider = magpo.Guider(num_agents, obs_dim, action_dim, continuous, dim=16, num_heads=2).to(dtype)
+    learner = magpo.Learner(num_agents, obs_dim, action_dim, continuous, dim=16).to(dtype)
+    for network in (guider, learner):
+        torch.nn.init.normal_(network.policy_head.weight, std=0.5)
+        torch.nn.init.normal_(network.agent_id)
+    return guider, learner
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Networks: shapes, and who sees what
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("continuous", [False, True])
+@pytest.mark.parametrize("lead", [(), (7,), (3, 7)])
+def test_shapes(lead, continuous):
+    guider, learner = networks(continuous=continuous)
+    obs = torch.randn(*lead, 4, 6, dtype=torch.float64)
+    actions, logprobs, values = guider.act(obs)
+    assert actions.shape == ((*lead, 4, 5) if continuous else (*lead, 4))
+    assert logprobs.shape == values.shape == (*lead, 4)
+    mu, values = guider(obs, actions)
+    pi = learner(obs)
+    kl = magpo.kl_divergence(mu, pi)
+    for tensor in (mu.log_prob(actions), pi.log_prob(actions), mu.entropy(), kl, values):
+        assert tensor.shape == (*lead, 4)
+    assert (kl > 0).all()
+
+
+@pytest.mark.parametrize("continuous", [False, True])
+@pytest.mark.parametrize("residual", [False, True])
+def test_sampled_logprobs_equal_the_parallel_pass(continuous, residual):
+    guider, learner = networks(continuous=continuous)
+    obs = torch.randn(50, 4, 6, dtype=torch.float64)
+    base = learner.params(obs) if residual else None
+    actions, logprobs, values = guider.act(obs, base)
+    mu, parallel_values = guider(obs, actions, base)
+    torch.testing.assert_close(mu.log_prob(actions), logprobs, rtol=0, atol=1e-12)
+    torch.testing.assert_close(parallel_values, values, rtol=0, atol=1e-12)
+
+
+def test_act_samples_from_its_own_probabilities():
+    guider = networks(num_agents=2, action_dim=3)[0].requires_grad_(False)
+    obs = torch.randn(1, 2, 6, dtype=torch.float64).expand(40_000, -1, -1)
+    torch.manual_seed(0)
+    actions, _, _ = guider.act(obs)
+    for joint in itertools.product(range(3), repeat=2):
+        expected = guider(obs[:1], torch.tensor([joint]))[0].log_prob(torch.tensor([joint])).sum().exp()
+        seen = (actions == torch.tensor(joint)).all(-1).double().mean()
+        assert abs(seen - expected) < 5 * math.sqrt(expected * (1 - expected) / len(obs)) + 1e-9
+
+
+def test_guider_is_causal():
+    guider, _ = networks()
+    obs, actions = torch.randn(9, 4, 6, dtype=torch.float64), torch.randint(5, (9, 4))
+    logits = guider(obs, actions)[0].logits
+    for j in range(4):
+        changed = actions.clone()
+        changed[:, j:] = (changed[:, j:] + 1) % 5
+        moved = (guider(obs, changed)[0].logits - logits).abs().amax((0, 2))
+        assert (moved[: j + 1] == 0).all() and (moved[j + 1 :] > 1e-6).all()
+
+
+def test_guider_is_causal_by_gradient():
+    guider, _ = networks(continuous=True)
+    obs, actions = torch.randn(9, 4, 6, dtype=torch.float64), torch.rand(9, 4, 5, dtype=torch.float64, requires_grad=True)
+    mean = guider(obs, actions)[0].base_dist.loc
+    for j in range(4):
+        (gradient,) = torch.autograd.grad(mean[:, j].sum(), actions, retain_graph=True)
+        reached = gradient.abs().amax((0, 2))
+        assert (reached[j:] == 0).all() and (reached[:j] > 1e-6).all()
+
+
+def test_guider_sees_every_observation():
+    guider, _ = networks()
+    obs, actions = torch.randn(1, 4, 6, dtype=torch.float64, requires_grad=True), torch.zeros(1, 4, dtype=torch.long)
+    mu, values = guider(obs, actions)
+    for output in (mu.logits[:, 0, 0], values[:, 0]):
+        (gradient,) = torch.autograd.grad(output.sum(), obs, retain_graph=True)
+        assert (gradient.abs().amax((0, 2)) > 0).all()
+
+
+def test_learners_are_decentralized():
+    _, learner = networks()
+    obs = torch.randn(9, 4, 6, dtype=torch.float64, requires_grad=True)
+    logits = learner(obs).logits
+    for i in range(4):
+        others = [j for j in range(4) if j != i]
+        changed = obs.detach().clone()
+        changed[:, others] += 1
+        assert torch.equal(learner(changed).logits[:, i], logits[:, i])
+        (gradient,) = torch.autograd.grad(logits[:, i].square().sum(), obs, retain_graph=True)
+        assert (gradient[:, others] == 0).all() and (gradient[:, i] != 0).any()
+
+
+def test_learners_know_who_they_are():
+    _, learner = networks()
+    logits = learner(torch.ones(4, 6, dtype=torch.float64)).logits
+    assert (logits[0] - logits[1:]).abs().amax(-1).min() > 1e-3
+
+
+def test_policy_of_a_continuous_action_is_the_named_gaussian():
+    params = torch.tensor([[0.1, -0.2, 0.3, 0.4]], dtype=torch.float64)  # two means, two log deviations
+    pi = magpo.distribution(params, continuous=True)
+    x = torch.tensor([[0.7, 0.1]], dtype=torch.float64)
+    expected = 0
+    for value, mean, log_std in zip(x[0], params[0, :2] + 0.5, params[0, 2:] - 1):
+        expected += -0.5 * ((value - mean) / log_std.exp()) ** 2 - log_std - 0.5 * math.log(2 * math.pi)
+    torch.testing.assert_close(pi.log_prob(x)[0], expected)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Equations
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_gae_against_brute_force():
+    rng = np.random.default_rng(0)
+    T, E, N, gamma, gae_lambda = 12, 40, 2, 0.9, 0.8
+    rewards = rng.normal(size=(T, E))
+    values, next_values = rng.normal(size=(2, T, E, N))
+    kind = rng.choice(3, size=(T, E), p=[0.7, 0.15, 0.15])  # goes on, terminated, timed out
+    for t, e in itertools.product(range(T - 1), range(E)):
+        if kind[t, e] == 0:
+            next_values[t, e] = values[t + 1, e]
+    expected = np.zeros((T, E, N))
+    for t, e, n in itertools.product(range(T), range(E), range(N)):
+        weight = 1.0
+        for k in range(t, T):
+            bootstrap = 0.0 if kind[k, e] == 1 else next_values[k, e, n]
+            expected[t, e, n] += weight * (rewards[k, e] + gamma * bootstrap - values[k, e, n])
+            weight *= gamma * gae_lambda
+            if kind[k, e] != 0:
+                break
+    flags = torch.as_tensor(kind)[..., None]
+    advantages, returns = magpo.compute_gae(
+        *map(torch.as_tensor, (rewards[..., None], values, next_values)), flags == 1, flags == 2, gamma, gae_lambda
+    )
+    np.testing.assert_allclose(advantages, expected, atol=1e-12)
+    np.testing.assert_allclose(returns, expected + values, atol=1e-12)
+
+
+# mu_old = 0.25, clip 0.2, delta 1.5. Columns: mu, pi, A, the loss by hand, whether mu still feels a gradient, the mask m.
+DOUBLE_CLIP = {
+    "on the learner, good action": (0.25, 0.25, 1.0, -1.0, True, 0),
+    "within both clips": (0.28, 0.25, 1.0, -1.12, True, 0),
+    "too far above the learner, good action: no further": (0.29, 0.18, 1.0, -1.5 * 0.18 / 0.25, False, 1),
+    "too far above the learner, bad action: may come back": (0.29, 0.18, -1.0, 1.16, True, 1),
+    "too far below the learner, bad action: no further": (0.20, 0.40, -1.0, 0.4 / 1.5 / 0.25, False, 1),
+    "too far below the learner, good action: may come back": (0.20, 0.40, 1.0, -0.8, True, 1),
+    "beyond the outer clip, good action": (0.40, 0.40, 1.0, -1.2, False, 0),
+    "beyond the outer clip, bad action": (0.15, 0.15, -1.0, 0.8, False, 0),
+    "beyond the outer clip on the wrong side": (0.40, 0.40, -1.0, 1.6, True, 0),
+}
+
+
+@pytest.mark.parametrize("case", DOUBLE_CLIP)
+def test_guider_loss_by_hand(case):
+    mu, pi, advantage, expected, moves, mask = DOUBLE_CLIP[case]
+    log_mu = torch.tensor([math.log(mu)], dtype=torch.float64, requires_grad=True)
+    log_pi = torch.tensor([math.log(pi)], dtype=torch.float64, requires_grad=True)
+    old, advantage = torch.tensor([math.log(0.25)], dtype=torch.float64), torch.tensor([advantage], dtype=torch.float64)
+    kl = torch.tensor([0.125], dtype=torch.float64)
+    loss, mask_frac, _ = magpo.guider_loss(log_mu, log_pi, old, advantage, kl, clip_coef=0.2, delta=1.5)
+    assert loss.item() == pytest.approx(expected + mask * 0.125, abs=1e-12)
+    assert mask_frac.item() == mask
+    loss.backward()
+    assert (abs(log_mu.grad.item()) > 0.1) == moves
+    assert log_pi.grad is None
+
+
+def test_guider_loss_without_bound_is_ppo():
+    log_mu, log_pi, old, advantages = torch.randn(4, 100, dtype=torch.float64)
+    ratio = (log_mu - old).exp()
+    ppo = -torch.min(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages).mean()
+    loss, mask, _ = magpo.guider_loss(log_mu, log_pi, old, advantages, torch.ones(100), 0.2, math.inf)
+    assert loss.item() == pytest.approx(ppo.item(), abs=1e-12) and mask == 0
+
+
+@pytest.mark.parametrize("pi, advantage, surrogate", [(0.28, 1, 1.12), (0.4, 1, 1.2), (0.4, -1, -1.6), (0.1, -1, -0.8), (0.1, 1, 0.4)])
+def test_learner_loss_by_hand(pi, advantage, surrogate):
+    log_pi, old = torch.tensor([math.log(pi)]), torch.tensor([math.log(0.25)])
+    loss = magpo.learner_loss(log_pi, old, torch.tensor([float(advantage)]), torch.tensor([0.3]), clip_coef=0.2, lam=2.0)
+    assert loss.item() == pytest.approx(0.3 - 2 * surrogate, abs=1e-6)
+
+
+def test_each_loss_moves_only_its_own_network():
+    guider, learner = networks()
+    obs = torch.randn(30, 4, 6, dtype=torch.float64)
+    actions, old, _ = guider.act(obs)
+    advantages = torch.randn_like(old)
+    mu, pi = guider(obs, actions)[0], learner(obs)
+    kl = magpo.kl_divergence(mu, magpo.detached(pi))
+    magpo.guider_loss(mu.log_prob(actions), pi.log_prob(actions), old, advantages, kl, 0.2, 1.1)[0].backward()
+    assert all(p.grad is None for p in learner.parameters()) and guider.policy_head.weight.grad.abs().sum() > 0
+    guider.zero_grad(set_to_none=True)
+    mu, pi = guider(obs, actions)[0], learner(obs)
+    kl = magpo.kl_divergence(magpo.detached(mu), pi)
+    magpo.learner_loss(pi.log_prob(actions), old, advantages, kl, 0.2, 1.0).backward()
+    assert all(p.grad is None for p in guider.parameters()) and learner.policy_head.weight.grad.abs().sum() > 0
+
+
+def test_ratio_of_an_unchanged_guider_is_one():
+    """Fixed agent order: before the first step mu/mu_old is 1 to rounding (the official code's shuffling breaks this)."""
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
+        guider, _ = networks(dtype=dtype)
+        obs = torch.randn(25, 8, 4, 6, dtype=dtype)
+        actions, logprobs, _ = guider.act(obs)
+        ratio = (guider(obs, actions)[0].log_prob(actions) - logprobs).exp()
+        torch.testing.assert_close(ratio, torch.ones_like(ratio), rtol=0, atol=tolerance)
+
+
+def test_reset_makes_the_guider_the_learner_to_the_last_bit():
+    guider, learner = networks()
+    torch.nn.init.zeros_(guider.policy_head.weight), torch.nn.init.zeros_(guider.policy_head.bias)
+    obs, actions = torch.randn(20, 4, 6, dtype=torch.float64), torch.randint(5, (20, 4))
+    assert torch.equal(guider(obs, actions, learner.params(obs))[0].logits, learner(obs).logits)
+
+
+def test_value_norm():
+    norm, x = magpo.ValueNorm(decay=0.5).double(), 3 + 2 * torch.randn(2, 1000, dtype=torch.float64)
+    norm.update(x[0]), norm.update(x[1])
+    expected, square = (x[0].mean() + 2 * x[1].mean()) / 3, (x[0].square().mean() + 2 * x[1].square().mean()) / 3
+    mean, std = norm.stats()
+    torch.testing.assert_close(mean, expected)
+    torch.testing.assert_close(std, (square - expected**2).sqrt())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Environments
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def mpe2_spread(num_agents, continuous=False):
+    from mpe2 import simple_spread_v3
+
+    return simple_spread_v3.parallel_env(N=num_agents, continuous_actions=continuous, max_cycles=25, local_ratio=0.5)
+
+
+@pytest.mark.parametrize("continuous", [False, True])
+@pytest.mark.parametrize("num_agents", [3, 5, 10])
+def test_simple_spread_is_mpe2(num_agents, continuous):
+    real, rng, collisions = mpe2_spread(num_agents, continuous), np.random.default_rng(num_agents), 0
+    for episode in range(4):
+        real.reset(seed=episode)
+        world, scenario = real.unwrapped.world, real.unwrapped.scenario
+        ours = envs.SimpleSpread(1, num_agents=num_agents, continuous=continuous, dtype=torch.float64)
+        ours.reset(seed=0)
+        for agent in world.agents:
+            agent.state.p_pos *= (1.0, 0.1)[episode % 2]  # crowded, so that they collide
+        ours.position = torch.tensor(np.array([[agent.state.p_pos for agent in world.agents]]))
+        ours.landmarks = torch.tensor(np.array([[landmark.state.p_pos for landmark in world.landmarks]]))
+        for step in range(25):
+            if continuous:
+                actions = (rng.integers(65, size=(num_agents, 5)) / 64).astype(np.float32)  # exact where mpe2 subtracts in float32
+            else:
+                actions = rng.integers(5, size=num_agents)
+            _, rewards, _, timeouts, _ = real.step(dict(zip(real.agents, actions)))
+            _, team_reward, terminations, truncations, infos = ours.step(torch.as_tensor(actions)[None])
+            expected = np.array([scenario.observation(agent, world) for agent in world.agents])
+            np.testing.assert_allclose(infos["final_obs"][0], expected, rtol=0, atol=1e-9)
+            assert team_reward.item() == pytest.approx(np.mean(list(rewards.values())), abs=1e-9)
+            assert truncations.item() == all(timeouts.values()) == (step == 24) and not terminations.any()
+            collisions += sum(scenario.is_collision(a, b) for a, b in itertools.combinations(world.agents, 2))
+    assert collisions > 5
+
+
+@pytest.mark.parametrize("env_id", [name for name in envs.ENVS if name.startswith("coordsum")])
+def test_coordsum_is_the_rules(env_id):
+    E = 3
+    env = envs.make(env_id, E)
+    num_agents, num_targets = env.single_observation_space.shape
+    num_actions = int(env.single_action_space.nvec[0])
+    rng, obs = np.random.default_rng(0), env.reset(seed=0)[0]
+    scores, target_counts = set(), np.zeros(num_targets)
+    for _ in range(3):
+        plays = [[[] for _ in range(num_targets)] for _ in range(E)]  # agent 0's, per copy and target
+        for step in range(100):
+            targets = obs.argmax(-1)
+            assert (obs.sum(-1) == 1).all() and (targets == targets[:, :1]).all()
+            actions = np.zeros((E, num_agents), dtype=int)
+            expected = []
+            for e in range(E):
+                target = int(targets[e, 0])
+                target_counts[target] += 1
+                rest = target
+                for i in range(num_agents):  # random splits of the target, so that most of them hit
+                    low = max(0, rest - (num_agents - 1 - i) * (num_actions - 1))
+                    high = min(num_actions - 1, rest)
+                    actions[e, i] = rng.integers(low, high + 1) if low <= high and i < num_agents - 1 else min(rest, num_actions - 1)
+                    rest -= actions[e, i]
+                counts = [plays[e][target].count(a) for a in range(num_actions)]
+                habit = counts.index(max(counts))
+                hit = actions[e].sum() == target
+                expected.append(0.0 if not hit else 1.0 if actions[e, 0] == habit else 2.0)
+                plays[e][target].append(actions[e, 0])
+            obs, rewards, terminations, truncations, _ = env.step(torch.as_tensor(actions))
+            assert rewards.tolist() == expected
+            assert (truncations == (step == 99)).all() and not terminations.any()
+            scores.update(expected)
+    assert {1.0, 2.0} <= scores <= {0.0, 1.0, 2.0}
+    assert (target_counts > 0).mean() > 0.8
+
+
+def test_matrix_games():
+    for env_id, best, random in (("climbing", 11, -31 / 9), ("penalty", 10, -178 / 9), ("xor", 1, 0.5), ("sum10", 1, 63 / 1000)):
+        env = envs.make(f"matrix_{env_id}", 64)
+        assert env.references == pytest.approx({"best": best, "random": random})
+    obs, _ = env.reset(seed=0)
+    assert obs.shape == (64, 3, 1)
+    actions = torch.randint(10, (64, 3))
+    _, rewards, terminations, truncations, _ = env.step(actions)
+    assert rewards.tolist() == [float(sum(joint) == 10) for joint in actions.tolist()]
+    assert terminations.all() and not truncations.any()
+    four = envs.MatrixGame(2, payoff=torch.arange(16.0).view(2, 2, 2, 2))
+    assert four.step(torch.tensor([[1, 0, 1, 1], [0, 0, 0, 1]]))[1].tolist() == [11.0, 1.0]
+
+
+@pytest.mark.parametrize("env_id", envs.ENVS)
+def test_vector_interface(env_id):
+    env = envs.make(env_id, 5)
+    assert env.metadata["autoreset_mode"] == envs.AutoresetMode.SAME_STEP
+    obs, _ = env.reset(seed=3)
+    env.action_space.seed(0)
+    for step in range(env.episode_length):
+        assert env.observation_space.contains(obs.numpy())
+        last = obs
+        obs, rewards, terminations, truncations, infos = env.step(env.action_space.sample())
+        assert rewards.shape == terminations.shape == truncations.shape == (5,)
+        ended = terminations | truncations
+        assert ended.all() == (step == env.episode_length - 1)
+        if not ended.any():
+            assert torch.equal(infos["final_obs"], obs)
+    if env_id.startswith("mpe"):  # the episode's last observation, not the next one's first
+        assert not torch.equal(infos["final_obs"], obs)
+        assert (infos["final_obs"][..., 2:4] - last[..., 2:4]).abs().max() < 0.5 and (obs[..., :2] == 0).all()
+    with pytest.raises(ValueError, match="shape"):
+        env.step(torch.zeros(5, 1))
+
+
+def test_environment_seeds():
+    def play(seed):
+        env = envs.make("mpe_spread", 8)
+        return torch.stack([env.reset(seed=seed)[0]] + [env.step(torch.ones(8, 3, dtype=torch.long))[0] for _ in range(30)])
+
+    assert torch.equal(play(1), play(1)) and not torch.equal(play(1), play(2))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Training
+# ----------------------------------------------------------------------------------------------------------------------
+
+QUICK = dict(num_envs=8, num_steps=5, total_timesteps=120, eval_episodes=256, eval_every=2)
+
+
+def read_metrics(run_dir):
+    with open(run_dir / "metrics.csv") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_run_leaves_everything_behind(tmp_path, capsys):
+    run_dir = magpo.train(magpo.Args(env="mpe_spread", runs_dir=str(tmp_path), **QUICK))
+    assert re.fullmatch(r"mpe_spread__magpo__1__[\d.]+", run_dir.name)
+    names = {path.name for path in run_dir.iterdir()}
+    assert {"checkpoint.pt", "metrics.csv", "curve.png"} < names and any(name.startswith("events") for name in names)
+    printed = capsys.readouterr().out
+    for line in (r"learner +-\d+\.\d+ \+- \d", r"learner_greedy +-\d", r"guider +-\d", r"\(random\) +-26.34", r"\(heuristic\) +-7.63"):
+        assert re.search(line, printed)
+    assert [row["step"] for row in read_metrics(run_dir)] == ["40", "80", "120"]
+    args, guider, learner = magpo.load(run_dir / "checkpoint.pt")
+    assert args == magpo.Args(env="mpe_spread", runs_dir=str(tmp_path), **QUICK)
+    again = magpo.evaluate(args, guider, learner, "learner", 256, args.seed + 2)
+    assert f"{again.mean():.2f}" in printed
+
+
+def test_seeds_repeat_and_differ(tmp_path):
+    def numbers(seed, env):
+        rows = read_metrics(magpo.train(magpo.Args(env=env, seed=seed, runs_dir=str(tmp_path), **QUICK)))
+        return [{name: value for name, value in row.items() if "seconds" not in name} for row in rows]
+
+    for env in ("mpe_spread", "coordsum_3x10"):
+        first = numbers(1, env)
+        assert first == numbers(1, env) and first != numbers(2, env)
+
+
+def test_presets_yield_to_the_user():
+    preset = magpo.PRESETS["mpe_spread"]
+    assert magpo.Args(env="mpe_spread").gamma == preset["gamma"] != magpo.Args.gamma
+    assert magpo.Args(env="mpe_spread", gamma=magpo.Args.gamma).gamma == magpo.Args.gamma
+    assert magpo.PRESETS.keys() == envs.ENVS.keys()
+
+
+def product_policy(learner):
+    """Action probabilities (N, A) of the learners in a matrix game."""
+    return learner(torch.ones(learner.agent_id.shape[0], 1)).probs.detach().double()
+
+
+def expected_payoff(payoff, probs):
+    for p in reversed(probs):
+        payoff = payoff @ p
+    return payoff.item()
+
+
+def is_equilibrium(payoff, joint):
+    for i, _ in enumerate(joint):
+        others = tuple(slice(None) if k == i else a for k, a in enumerate(joint))
+        if payoff[joint] < payoff[others].max():
+            return False
+    return True
+
+
+@pytest.mark.parametrize("seed", range(1, 6))
+@pytest.mark.parametrize("game", ["climbing", "penalty", "xor", "sum10"])
+def test_improvement_on_matrix_games(game, seed, tmp_path):
+    """Exact expected payoff of the learners' product policy: above its start, and at an optimum or a pure equilibrium."""
+    args = magpo.Args(env=f"matrix_{game}", seed=seed, runs_dir=str(tmp_path), eval_episodes=256, eval_every=1000)
+    env = envs.make(args.env, 1)
+    payoff = env.payoff.double()
+    torch.manual_seed(args.seed)
+    start = expected_payoff(payoff, product_policy(magpo.build(args, env)[1]))
+    probs = product_policy(magpo.load(magpo.train(args) / "checkpoint.pt")[2])
+    end, joint = expected_payoff(payoff, probs), tuple(probs.argmax(-1).tolist())
+    assert end > start
+    assert is_equilibrium(payoff, joint)
+    spread = (payoff.max() - payoff.min()).item()
+    assert end > payoff[joint].item() - 0.02 * spread
+    if game in ("xor", "sum10"):
+        assert payoff[joint] == payoff.max()
+
+
+def test_learners_score_the_same_on_mpe2(tmp_path):
+    """Train briefly on the batched environment, then act on the real one, each agent from its own observation."""
+    args = magpo.Args(env="mpe_spread", runs_dir=str(tmp_path), total_timesteps=64_000, eval_episodes=2048)
+    args, guider, learner = magpo.load(magpo.train(args) / "checkpoint.pt")
+    ours = magpo.evaluate(args, guider, learner, "learner", 2048, seed=5).numpy()
+    real, theirs = mpe2_spread(3), []
+    torch.manual_seed(0)
+    for episode in range(150):
+        obs, _ = real.reset(seed=episode)
+        total = 0.0
+        while real.agents:
+            with torch.no_grad():
+                actions = learner(torch.as_tensor(np.stack([obs[agent] for agent in real.agents]))).sample()
+            obs, rewards, *_ = real.step(dict(zip(real.agents, actions.tolist())))
+            total += np.mean(list(rewards.values()))
+        theirs.append(total)
+    assert ours.mean() > -24  # well above random, -26.3
+    error = math.sqrt(ours.var() / len(ours) + np.var(theirs) / len(theirs))
+    assert abs(ours.mean() - np.mean(theirs)) < 2.5 * error
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Command line
+# ----------------------------------------------------------------------------------------------------------------------
+
+WRONG = {
+    "--env mpe_sprad": "There is no environment 'mpe_sprad'; choose one of matrix_climbing,",
+    "--num-envs 10 --num-minibatches 7": "num_envs x num_steps must be a multiple of num_minibatches (7).",
+    "--embed-dim 10 --num-heads 4": "embed_dim (10) must be a multiple of num_heads (4).",
+    "--delta 1.0": "delta must be above 1",
+    "--delta nan": "delta must be above 1",
+    "--lam -1": "lam must not be negative",
+    "--ent-coef -0.1": "ent_coef must not be negative",
+    "--learning-rate 0": "learning_rate must be above 0",
+    "--gamma 1.5": "gamma must lie in [0, 1]",
+    "--total-timesteps 10": "total_timesteps (10) is below one rollout",
+    "--num-steps 0": "num_steps must be above 0",
+}
+
+
+@pytest.mark.parametrize("options", WRONG)
+def test_wrong_input_is_one_sentence(options, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["magpo.py", *options.split()])
+    with pytest.raises(SystemExit) as stop:
+        magpo.main()
+    printed = capsys.readouterr().err
+    assert stop.value.code == 2 and printed.count("\n") == 1 and WRONG[options] in printed
+
+
+def run(command, cwd):
+    return subprocess.run([sys.executable, *shlex.split(command)[1:]], cwd=cwd, capture_output=True, text=True)
+
+
+def test_wrong_input_from_the_shell(tmp_path):
+    result = run(f"python {HERE / 'magpo.py'} --delta 0.5", tmp_path)
+    assert result.returncode == 2 and "Traceback" not in result.stderr and not list(tmp_path.iterdir())
+
+
+def test_help_explains_every_option(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["magpo.py", "--help"])
+    with pytest.raises(SystemExit):
+        magpo.main()
+    printed = capsys.readouterr().out
+    for field in magpo.fields(magpo.Args):
+        assert "--" + field.name.replace("_", "-") in printed
+    assert "CPU threads of PyTorch" in printed and "delta of Eq. 9" in printed
+
+
+def commands(document):
+    text = (HERE / document).read_text()
+    blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", text, re.S)
+    lines = [line.split("#")[0].strip() for block in blocks for line in block.splitlines()]
+    return [part.strip() for line in lines for part in line.split("&&") if part.strip().startswith("python magpo.py")]
+
+
+@pytest.mark.parametrize("command", sorted(set(commands("README.md") + commands("TUTORIAL.md"))))
+def test_documented_commands_run(command, tmp_path):
+    small = "--total-timesteps 256 --num-envs 8 --num-steps 5 --eval-episodes 256"
+    result = run(f"{command.replace('magpo.py', str(HERE / 'magpo.py'))} {small}", tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "learner_greedy" in result.stdout
+    if "--cuda" in command and not torch.cuda.is_available():
+        assert "--cuda: PyTorch sees no GPU here; training on the CPU." in result.stdout
