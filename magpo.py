@@ -40,21 +40,19 @@ from torch.distributions import Categorical, Distribution, Independent, Normal, 
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from envs import ENVS, make
+from envs import make
 
 Distribution.set_default_validate_args(False)  # validation reads values back from the device at every call
 
 # --- Options ----------------------------------------------------------------------------------------------------------
 
-SPREAD = dict(
-    total_timesteps=2_400_000, gamma=0.95, gae_lambda=0.9, learning_rate=2e-3, max_grad_norm=1.0, delta=2.0, ent_coef=0.003
-)
-COORDSUM = dict(total_timesteps=1_600_000, gamma=0.9, gae_lambda=0.9, learning_rate=2e-3, delta=1.3, lam=2.0, ent_coef=0.01)
-MATRIX = dict(total_timesteps=100_000, num_steps=8, gamma=0.0, learning_rate=2e-3, delta=1.3)
-PRESETS = {
-    env: next(preset for name, preset in dict(mpe=SPREAD, coordsum=COORDSUM, matrix=MATRIX).items() if env.startswith(name))
-    for env in ENVS
-}
+PRESETS = {  # by the environment's family, the first word of its name
+    "mpe": dict(total_timesteps=2_496_000, num_minibatches=16, update_epochs=3, learning_rate=3e-3, gamma=0.95,
+                gae_lambda=0.9, max_grad_norm=1.0, delta=2.0),
+    "coordsum": dict(total_timesteps=800_000, learning_rate=2e-3, gamma=0.9, gae_lambda=0.9, delta=1.3, lam=2.0, embed_dim=32),
+    "matrix": dict(total_timesteps=40_960, num_steps=8, num_minibatches=2, learning_rate=5e-3, gamma=0.0, delta=1.3,
+                   embed_dim=32, hidden_dim=64),
+}  # fmt: skip
 
 
 @dataclass(init=False)
@@ -62,7 +60,7 @@ class Args:
     """MAGPO: train decentralized learners with an autoregressive guider. What you give wins over the environment's preset."""
 
     env: str = "mpe_spread"
-    """environment, a name from envs.py; its preset in PRESETS fills in what you do not give"""
+    """environment, a name from envs.py; the preset of its family fills in what you do not give"""
     algo: Literal["magpo", "mappo", "ctds"] = "magpo"
     """mappo: the learners collect the data by themselves; ctds: delta = infinity and lambda = 0, a teacher that does not wait"""
     seed: int = 1
@@ -86,6 +84,8 @@ class Args:
     """Adam's step size"""
     anneal_lr: bool = True
     """lower the learning rate linearly to zero"""
+    anneal_ent: bool = True
+    """lower ent_coef linearly to zero"""
     gamma: float = 0.99
     """discount factor"""
     gae_lambda: float = 0.95
@@ -127,7 +127,8 @@ class Args:
         known = {field.name: field.default for field in fields(self)}
         if unknown := given.keys() - known.keys():
             raise TypeError(f"Args has no option {', '.join(sorted(unknown))}")
-        for name, value in (known | PRESETS.get(given.get("env", self.env), {}) | given).items():
+        preset = PRESETS.get(given.get("env", self.env).split("_")[0], {})
+        for name, value in (known | preset | given).items():
             setattr(self, name, value)
         if self.algo == "ctds" or self.backtracking == "reset":
             self.delta, self.lam = math.inf, 0.0
@@ -152,6 +153,10 @@ def validate(args):
         raise ValueError(f"num_envs x num_steps must be a multiple of num_minibatches ({args.num_minibatches}).")
     if args.embed_dim % args.num_heads:
         raise ValueError(f"embed_dim ({args.embed_dim}) must be a multiple of num_heads ({args.num_heads}).")
+    if not 0 <= args.seed < 2**32:
+        raise ValueError(f"seed must lie in [0, 2**32), but is {args.seed}.")
+    if args.algo == "mappo" and args.residual:
+        raise ValueError("mappo has no guider policy, so it knows neither residual nor reset.")
     if args.total_timesteps < args.num_envs * args.num_steps:
         raise ValueError(f"total_timesteps ({args.total_timesteps}) is below one rollout, num_envs x num_steps.")
     make(args.env, 1)
@@ -389,8 +394,8 @@ def train(args):
     random.seed(args.seed), np.random.seed(args.seed), torch.manual_seed(args.seed)
     torch.use_deterministic_algorithms(args.torch_deterministic, warn_only=True)
     torch.set_num_threads(args.torch_threads)
-    if sys.platform == "linux":  # else every larger tensor is a fresh mmap, whose page faults took 30 % of the update
-        libc = ctypes.CDLL(None)
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(libc, "mallopt"):  # else every larger tensor is a fresh mmap, and page faults slow the update down
         libc.mallopt(-1, 2**30), libc.mallopt(-3, 2**25)  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
 
     envs = make(args.env, args.num_envs, device)
@@ -415,10 +420,15 @@ def train(args):
 
     start, start_cpu, rows = time.time(), time.process_time(), []
     num_iterations = args.total_timesteps // (T * E)
+    if num_iterations * T * E < args.total_timesteps:
+        print(f"total_timesteps is cut to {num_iterations * T * E}, a multiple of num_envs x num_steps.")
+    if args.algo == "ctds" or args.backtracking == "reset":
+        print("ctds and reset set delta = inf and lambda = 0, whatever was given.")
     for iteration in (progress := tqdm(range(1, num_iterations + 1), unit_scale=T * E, unit="step")):
-        if args.anneal_lr:
-            for group in guider_optimizer.param_groups + learner_optimizer.param_groups:
-                group["lr"] = args.learning_rate * (1 - (iteration - 1) / num_iterations)
+        remaining = 1 - (iteration - 1) / num_iterations
+        ent_coef = args.ent_coef * (remaining if args.anneal_ent else 1.0)
+        for group in guider_optimizer.param_groups + learner_optimizer.param_groups:
+            group["lr"] = args.learning_rate * (remaining if args.anneal_lr else 1.0)
         if args.backtracking == "reset":
             # Step 4 of the iteration before, to the letter: a correction of zero is mu = pi
             nn.init.zeros_(guider.policy_head.weight), nn.init.zeros_(guider.policy_head.bias)
@@ -467,7 +477,7 @@ def train(args):
                     new_values = guider.encode(b_obs)[1]
                     loss_mu = mask = clipped = kl = torch.zeros((), device=device)
                     entropy = pi.entropy().mean()
-                    loss_pi = learner_loss(pi_logprobs, b_logprobs, b_advantages, kl, args.clip_coef, 1.0) - args.ent_coef * entropy
+                    loss_pi = learner_loss(pi_logprobs, b_logprobs, b_advantages, kl, args.clip_coef, 1.0) - ent_coef * entropy
                 else:
                     mu, new_values = guider(b_obs, b_actions, *b_base)
                     mu_logprobs, entropy = mu.log_prob(b_actions), mu.entropy().mean()
@@ -477,7 +487,7 @@ def train(args):
                     loss_mu, mask, clipped = guider_loss(
                         mu_logprobs, pi_logprobs, b_logprobs, b_advantages, kl, args.clip_coef, args.delta
                     )
-                    loss_mu = loss_mu - args.ent_coef * entropy
+                    loss_mu = loss_mu - ent_coef * entropy
 
                     # Step 3, learner update (Eq. 10)
                     kl = kl_divergence(detached(mu), pi)

@@ -1,11 +1,11 @@
 """Every sweep and every picture of README.md and TUTORIAL.md.
 
-    python figures/figures.py sweep NAME   run what is missing of one experiment; rows go to figures/NAME.csv, a line per run is printed
-    python figures/figures.py tables       print the tables of all CSVs
-    python figures/figures.py draw         redraw every picture from the CSVs
-    python figures/figures.py theory       recompute figures/kl_direction.csv (exact tables, seconds)
+    python figures/make.py sweep NAME [TEXT]   run what is missing of an experiment (of its commands that hold TEXT)
+    python figures/make.py tables       print the tables of all CSVs
+    python figures/make.py draw         redraw every picture from the CSVs
+    python figures/make.py theory       recompute figures/kl_direction.csv (exact tables, seconds)
 
-A sweep can be stopped and started again: runs whose rows stand in the CSV are skipped. Returns are the learners'
+Rows go to figures/NAME.csv, a line per run is printed. A sweep can be stopped and started again: runs whose rows stand in the CSV are skipped. Returns are the learners'
 (sampled) and the guider's, over fresh episodes with the parameters of the moment; cpu_seconds is the process's CPU time.
 """
 
@@ -69,11 +69,11 @@ def read(name):
         return [{k: v if k in ("command", "env", "algo") else float(v) for k, v in row.items()} for row in csv.DictReader(file)]
 
 
-def sweep(name):
+def sweep(name, text=""):
     """Run what is missing of an experiment; one CSV row per evaluation, the last one of a run over args.eval_episodes."""
     runs, done = EXPERIMENTS[name], {row["command"] for row in read(name)}
     for number, options in enumerate(runs, 1):
-        if command(options) in done:
+        if command(options) in done or text not in command(options):
             continue
         with tempfile.TemporaryDirectory() as folder:
             args = magpo.Args(**options, runs_dir=folder)
