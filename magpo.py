@@ -50,7 +50,7 @@ PRESETS = {  # by the environment's family, the first word of its name
     "mpe": dict(total_timesteps=2_496_000, num_minibatches=16, update_epochs=3, learning_rate=3e-3, gamma=0.95,
                 gae_lambda=0.9, max_grad_norm=1.0, delta=2.0),
     "coordsum": dict(total_timesteps=800_000, learning_rate=2e-3, gamma=0.9, gae_lambda=0.9, delta=1.3, lam=2.0, embed_dim=32),
-    "matrix": dict(total_timesteps=40_960, num_steps=8, num_minibatches=2, learning_rate=5e-3, gamma=0.0, delta=1.3,
+    "matrix": dict(total_timesteps=40_960, num_steps=8, num_minibatches=2, learning_rate=2e-3, gamma=0.0, delta=1.3,
                    embed_dim=32, hidden_dim=64),
 }  # fmt: skip
 
@@ -173,12 +173,13 @@ def distribution(params, continuous):
     return Independent(Normal(mean + 0.5, (log_std - 1).clamp(-4, 1).exp()), 1)  # starts in the middle of [0, 1]
 
 
-def agent_ids(num_agents, obs_dim, dim):
+def agent_ids(num_agents, dim):
     """Row i is what a one-hot id appended to agent i's observation would add to the first layer's output -> (N, C).
 
-    Its scale matters: with ids much weaker than observations, identical learners stay identical (xor is never solved).
+    Its scale matters: large enough, it switches half of the ReLUs off, another half for each agent, and agents that share
+    their weights can still take different roles; with weak ids they stay alike (xor is never solved).
     """
-    return nn.Parameter(torch.randn(num_agents, dim) / math.sqrt(obs_dim + num_agents))
+    return nn.Parameter(2 * torch.randn(num_agents, dim))
 
 
 class Block(nn.Module):
@@ -216,7 +217,7 @@ class Guider(nn.Module):
     def __init__(self, num_agents, obs_dim, action_dim, continuous=False, dim=64, num_heads=1):
         super().__init__()
         self.continuous = continuous
-        self.obs_in, self.agent_id = nn.Linear(obs_dim, dim), agent_ids(num_agents, obs_dim, dim)
+        self.obs_in, self.agent_id = nn.Linear(obs_dim, dim), agent_ids(num_agents, dim)
         self.encoder, self.decoder = Block(dim, num_heads), Block(dim, num_heads)
         self.value_head = nn.Linear(dim, 1)
         self.action_in = nn.Linear(action_dim, dim) if continuous else nn.Embedding(action_dim, dim)
@@ -262,7 +263,7 @@ class Learner(nn.Module):
         super().__init__()
         self.continuous = continuous
         self.obs_in = nn.Linear(obs_dim, dim)
-        self.agent_id = agent_ids(num_agents, obs_dim, dim)
+        self.agent_id = agent_ids(num_agents, dim)
         self.hidden, self.policy_head = nn.Linear(dim, dim), nn.Linear(dim, action_dim * (1 + continuous))
         nn.init.orthogonal_(self.policy_head.weight, 0.1), nn.init.zeros_(self.policy_head.bias)
 

@@ -194,7 +194,7 @@ def kl_direction():
         table = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
         table.writeheader(), table.writerows(rows)
     for row in rows:
-        print(row)
+        print({k: f"{v:.3g}" if isinstance(v, float) else v for k, v in row.items()})
 
 
 def draw_kl_direction():
