@@ -173,13 +173,15 @@ def distribution(params, continuous):
     return Independent(Normal(mean + 0.5, (log_std - 1).clamp(-4, 1).exp()), 1)  # starts in the middle of [0, 1]
 
 
-def agent_ids(num_agents, dim):
-    """Row i is what a one-hot id appended to agent i's observation would add to the first layer's output -> (N, C).
+def first_layer(num_agents, obs_dim, dim):
+    """Linear layer for observations, and row i that a one-hot id of agent i appended to them would add -> (D, C), (N, C).
 
-    Its scale matters: large enough, it switches half of the ReLUs off, another half for each agent, and agents that share
-    their weights can still take different roles; with weak ids they stay alike (xor is never solved).
+    Their scales matter: ids this large switch half of the ReLUs off, another half for each agent, so that agents that
+    share their weights can take different roles (with weak ids xor is never solved), and observations have to keep up.
     """
-    return nn.Parameter(2 * torch.randn(num_agents, dim))
+    obs_in = nn.Linear(obs_dim, dim)
+    nn.init.orthogonal_(obs_in.weight, 3.0)
+    return obs_in, nn.Parameter(2 * torch.randn(num_agents, dim))
 
 
 class Block(nn.Module):
@@ -217,7 +219,7 @@ class Guider(nn.Module):
     def __init__(self, num_agents, obs_dim, action_dim, continuous=False, dim=64, num_heads=1):
         super().__init__()
         self.continuous = continuous
-        self.obs_in, self.agent_id = nn.Linear(obs_dim, dim), agent_ids(num_agents, dim)
+        self.obs_in, self.agent_id = first_layer(num_agents, obs_dim, dim)
         self.encoder, self.decoder = Block(dim, num_heads), Block(dim, num_heads)
         self.value_head = nn.Linear(dim, 1)
         self.action_in = nn.Linear(action_dim, dim) if continuous else nn.Embedding(action_dim, dim)
@@ -262,8 +264,7 @@ class Learner(nn.Module):
     def __init__(self, num_agents, obs_dim, action_dim, continuous=False, dim=128):
         super().__init__()
         self.continuous = continuous
-        self.obs_in = nn.Linear(obs_dim, dim)
-        self.agent_id = agent_ids(num_agents, dim)
+        self.obs_in, self.agent_id = first_layer(num_agents, obs_dim, dim)
         self.hidden, self.policy_head = nn.Linear(dim, dim), nn.Linear(dim, action_dim * (1 + continuous))
         nn.init.orthogonal_(self.policy_head.weight, 0.1), nn.init.zeros_(self.policy_head.bias)
 
