@@ -203,7 +203,7 @@ class SimpleSpread(BatchedEnv):
             raise ValueError(f"SimpleSpread needs at least 2 agents, not {num_agents}.")
         super().__init__(num_envs, device, num_agents, 6 * num_agents, 5, max_cycles, continuous, False, dtype)
         self.num_agents, self.local_ratio = num_agents, local_ratio
-        if (max_cycles, local_ratio) == (25, 0.5):
+        if (max_cycles, local_ratio, continuous) == (25, 0.5, False):
             scores = {3: (-26.34, -7.63), 5: (-35.92, -11.54), 10: (-54.5, -23.3)}.get(num_agents, ())
             self.references = dict(zip(("random", "heuristic"), scores))
         ids = torch.arange(num_agents, device=device)
