@@ -24,14 +24,12 @@ import argparse
 import csv
 import ctypes
 import math
-import random
 import sys
 import time
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -393,7 +391,7 @@ def train(args):
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     if args.cuda and device.type == "cpu":
         print("--cuda: PyTorch sees no GPU here; training on the CPU.")
-    random.seed(args.seed), np.random.seed(args.seed), torch.manual_seed(args.seed)
+    torch.manual_seed(args.seed)
     torch.use_deterministic_algorithms(args.torch_deterministic, warn_only=True)
     torch.set_num_threads(args.torch_threads)
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
