@@ -175,7 +175,7 @@ def first_layer(num_agents, obs_dim, dim):
     """Linear layer for observations, and row i that a one-hot id of agent i appended to them would add -> (D, C), (N, C).
 
     Their scales matter: ids this large switch half of the ReLUs off, another half for each agent, so that agents that
-    share their weights can take different roles (with weak ids xor is never solved), and observations have to keep up.
+    share their weights can take different roles, and observations have to keep up.
     """
     obs_in = nn.Linear(obs_dim, dim)
     nn.init.orthogonal_(obs_in.weight, 3.0)
@@ -395,7 +395,7 @@ def train(args):
     torch.use_deterministic_algorithms(args.torch_deterministic, warn_only=True)
     torch.set_num_threads(args.torch_threads)
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if hasattr(libc, "mallopt"):  # else every larger tensor is a fresh mmap, and page faults slow the update down
+    if hasattr(libc, "mallopt"):  # else every larger tensor is a fresh mmap, with its page faults
         libc.mallopt(-1, 2**30), libc.mallopt(-3, 2**25)  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
 
     envs = make(args.env, args.num_envs, device)
@@ -464,7 +464,7 @@ def train(args):
             returns = (returns - mean) / std
             advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
 
-        # Any step of any environment may share a minibatch: of whole episodes fewer are independent, and learning is slower
+        # Any step of any environment may share a minibatch: of whole episodes fewer samples would be independent
         batch = [x.flatten(0, 1) for x in (obs, actions, logprobs, advantages, returns) + ((base,) if args.residual else ())]
         losses = []
         for _ in range(args.update_epochs):
