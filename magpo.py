@@ -45,7 +45,7 @@ Distribution.set_default_validate_args(False)  # validation reads values back fr
 # --- Options ----------------------------------------------------------------------------------------------------------
 
 PRESETS = {  # by the environment's family, the first word of its name
-    "mpe": dict(total_timesteps=2_496_000, num_minibatches=16, update_epochs=3, learning_rate=3e-3, gamma=0.95,
+    "mpe": dict(total_timesteps=1_600_000, num_minibatches=16, update_epochs=3, learning_rate=3e-3, gamma=0.95,
                 gae_lambda=0.9, max_grad_norm=1.0, delta=2.0),
     "coordsum": dict(total_timesteps=800_000, learning_rate=2e-3, gamma=0.9, gae_lambda=0.9, delta=1.3, lam=2.0, embed_dim=32),
     "matrix": dict(total_timesteps=40_960, num_steps=8, num_minibatches=2, learning_rate=2e-3, gamma=0.0, delta=1.3,
@@ -171,15 +171,26 @@ def distribution(params, continuous):
     return Independent(Normal(mean + 0.5, (log_std - 1).clamp(-4, 1).exp()), 1)  # starts in the middle of [0, 1]
 
 
-def first_layer(num_agents, obs_dim, dim):
-    """Linear layer for observations, and row i that a one-hot id of agent i appended to them would add -> (D, C), (N, C).
+def linear(inputs, outputs, gain):
+    """Linear layer with orthogonal weights and no bias at the start."""
+    layer = nn.Linear(inputs, outputs)
+    nn.init.orthogonal_(layer.weight, gain), nn.init.zeros_(layer.bias)
+    return layer
 
-    Their scales matter: ids this large switch half of the ReLUs off, another half for each agent, so that agents that
-    share their weights can take different roles, and observations have to keep up.
+
+class Features(nn.Module):
+    """Two tanh layers on each agent's own observation and id: (..., N, D) -> (..., N, C). Guider and learners have one each.
+
+    Adding row i of `agent_id` is what a one-hot id of agent i, appended to its observation, would do.
     """
-    obs_in = nn.Linear(obs_dim, dim)
-    nn.init.orthogonal_(obs_in.weight, 3.0)
-    return obs_in, nn.Parameter(2 * torch.randn(num_agents, dim))
+
+    def __init__(self, num_agents, obs_dim, dim):
+        super().__init__()
+        self.obs_in, self.hidden = linear(obs_dim, dim, 3.0), linear(dim, dim, 5 / 3)
+        self.agent_id = nn.Parameter(0.2 * torch.randn(num_agents, dim))
+
+    def forward(self, obs):
+        return self.hidden((self.obs_in(obs) + self.agent_id).tanh()).tanh()
 
 
 class Block(nn.Module):
@@ -189,7 +200,7 @@ class Block(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
-        self.mlp = nn.Sequential(nn.Linear(dim, 2 * dim), nn.ReLU(), nn.Linear(2 * dim, dim))
+        self.mlp = nn.Sequential(linear(dim, 2 * dim, 2**0.5), nn.ReLU(), nn.Linear(2 * dim, dim))
 
     def forward(self, x, causal=False, cache=None):
         """x (..., N, C) -> (..., N, C). causal: agent j attends to agents 1..j only.
@@ -217,17 +228,16 @@ class Guider(nn.Module):
     def __init__(self, num_agents, obs_dim, action_dim, continuous=False, dim=64, num_heads=1):
         super().__init__()
         self.continuous = continuous
-        self.obs_in, self.agent_id = first_layer(num_agents, obs_dim, dim)
+        self.features = Features(num_agents, obs_dim, dim)
         self.encoder, self.decoder = Block(dim, num_heads), Block(dim, num_heads)
         self.value_head = nn.Linear(dim, 1)
         self.action_in = nn.Linear(action_dim, dim) if continuous else nn.Embedding(action_dim, dim)
         self.start = nn.Parameter(0.02 * torch.randn(1, dim))  # stands for "no action yet"
-        self.policy_head = nn.Linear(dim, action_dim * (1 + continuous))
-        nn.init.orthogonal_(self.policy_head.weight, 0.1), nn.init.zeros_(self.policy_head.bias)
+        self.policy_head = linear(dim, action_dim * (1 + continuous), 0.1)
 
     def encode(self, obs):
         """obs (..., N, D) -> features (..., N, C), values (..., N)."""
-        features = self.encoder(F.relu(self.obs_in(obs) + self.agent_id))
+        features = self.encoder(self.features(obs))
         return features, self.value_head(features).squeeze(-1)
 
     def policy(self, tokens, base, **attention):
@@ -262,14 +272,12 @@ class Learner(nn.Module):
     def __init__(self, num_agents, obs_dim, action_dim, continuous=False, dim=128):
         super().__init__()
         self.continuous = continuous
-        self.obs_in, self.agent_id = first_layer(num_agents, obs_dim, dim)
-        self.hidden, self.policy_head = nn.Linear(dim, dim), nn.Linear(dim, action_dim * (1 + continuous))
-        nn.init.orthogonal_(self.policy_head.weight, 0.1), nn.init.zeros_(self.policy_head.bias)
+        self.features, self.hidden = Features(num_agents, obs_dim, dim), linear(dim, dim, 5 / 3)
+        self.policy_head = linear(dim, action_dim * (1 + continuous), 0.1)
 
     def params(self, obs):
         """obs (..., N, D) -> the policy's parameters (..., N, A), or (..., N, 2 A) if continuous."""
-        x = F.relu(self.obs_in(obs) + self.agent_id)
-        return self.policy_head(F.relu(self.hidden(x)))
+        return self.policy_head(self.hidden(self.features(obs)).tanh())
 
     def forward(self, obs):
         """obs (..., N, D) -> pi's distribution at every agent."""

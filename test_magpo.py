@@ -32,7 +32,7 @@ def networks(num_agents=4, obs_dim=6, action_dim=5, continuous=False, seed=0, dt
     learner = magpo.Learner(num_agents, obs_dim, action_dim, continuous, dim=16).to(dtype)
     for network in (guider, learner):
         torch.nn.init.normal_(network.policy_head.weight, std=0.5)
-        torch.nn.init.normal_(network.agent_id)
+        torch.nn.init.normal_(network.features.agent_id)
     return guider, learner
 
 
@@ -740,7 +740,7 @@ def test_presets_yield_to_the_user():
 
 def product_policy(learner):
     """Action probabilities (N, A) of the learners in a matrix game."""
-    return learner(torch.ones(learner.agent_id.shape[0], 1)).probs.detach().double()
+    return learner(torch.ones(learner.features.agent_id.shape[0], 1)).probs.detach().double()
 
 
 def expected_payoff(payoff, probs):
