@@ -7,18 +7,43 @@
 Shapes: E copies, N agents, D observation features of one agent, A actions (or action dimensions) of one agent.
 `rewards` (E,) is the team's reward: the mean over agents. A copy whose episode ends is reset in the same step
 (gymnasium's SAME_STEP autoreset); infos["final_obs"] (E, N, D) is the observation before any such reset: the last one of
-an episode that just ended, and the same as `obs` wherever the episode goes on.
+an episode that just ended, and the same as `obs` wherever the episode goes on. Some environments tell more, of `obs`
+and, under "final_" + the same name, of the observation before a reset. Reset's infos have the same keys:
+
+    infos["action_mask"] (E, N, A) bool   the actions that are allowed; only where some may be forbidden
+    infos["active"]      (E, N) bool      the agents that take part; only where some may leave early (pettingzoo:).
+                                          At an episode's end final_active are those who could have gone on
+    infos["state"]       (E, S)           privileged information for training; only on demand, make(..., state=True)
+
+Attributes beyond gymnasium's: `references` (mean team returns of known policies), `state_dim` (S, or 0) and `note` (what
+to tell the user, or "").
 
 MatrixGame, CoordSum and SimpleSpread are batched: torch tensors in and out, on any device, with no Python loop over
 copies or agents. Their episodes all have the same length, so that their copies start and end in step and a plain
 Python integer counts the time (on a GPU, asking a tensor instead would stall the device at every step).
+
+Other people's environments are adapted, through gymnasium's own Sync- or AsyncVectorEnv, one Python object per copy:
+any cooperative PettingZoo parallel environment (pettingzoo:mpe2.simple_spread_v3), and any gymnasium environment whose
+spaces are Tuples with one entry per agent (gym:Foraging-8x8-2p-2f-coop-v3, gym:rware-tiny-2ag-v2).
 """
+
+import importlib
+import random
+from functools import partial
 
 import gymnasium
 import numpy as np
 import torch
-from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium import spaces
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv, VectorWrapper
 from gymnasium.vector.utils import batch_space
+
+
+def check_shape(actions, action_space):
+    """The same actions; ValueError unless they have the space's shape."""
+    if actions.shape != action_space.shape:
+        raise ValueError(f"Actions have shape {tuple(actions.shape)}; {action_space.shape} was expected.")
+    return actions
 
 
 class BatchedEnv(VectorEnv):
@@ -38,17 +63,16 @@ class BatchedEnv(VectorEnv):
 
     metadata = {"autoreset_mode": AutoresetMode.SAME_STEP}
     references: dict[str, float] = {}  # mean team return per episode of known policies
+    state_dim, note = 0, ""
 
-    def __init__(
-        self, num_envs, device, num_agents, num_features, num_actions, episode_length, continuous, terminal, dtype
-    ):
+    def __init__(self, num_envs, device, num_agents, num_features, num_actions, episode_length, continuous, terminal, dtype):
         self.num_envs, self.device, self.dtype = num_envs, torch.device(device), dtype
         self.episode_length, self.continuous, self.terminal = episode_length, continuous, terminal
-        self.single_observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (num_agents, num_features), np.float32)
+        self.single_observation_space = spaces.Box(-np.inf, np.inf, (num_agents, num_features), np.float32)
         if continuous:
-            self.single_action_space = gymnasium.spaces.Box(0.0, 1.0, (num_agents, num_actions), np.float32)
+            self.single_action_space = spaces.Box(0.0, 1.0, (num_agents, num_actions), np.float32)
         else:
-            self.single_action_space = gymnasium.spaces.MultiDiscrete([num_actions] * num_agents)
+            self.single_action_space = spaces.MultiDiscrete([num_actions] * num_agents)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
         self.generator = torch.Generator(self.device)
@@ -57,13 +81,13 @@ class BatchedEnv(VectorEnv):
         self._over = (never, ~always)
 
     def reset(self, *, seed=None, options=None):
-        """Start E new episodes -> observations (E, N, D), infos. `seed` makes everything after it repeat; options are unused."""
+        """Start E new episodes -> observations (E, N, D), infos. `seed` makes all after it repeat; options are unused."""
         if seed is not None:
             self.generator.manual_seed(seed)
         self.time = 0
         self._start()
         obs = self._observe()
-        return obs, {"final_obs": obs}
+        return obs, {"final_obs": obs} | self._infos("state", "final_state")
 
     def step(self, actions):
         """Actions (E, N), or (E, N, A) if continuous -> observations, rewards, terminations, truncations, infos.
@@ -71,19 +95,22 @@ class BatchedEnv(VectorEnv):
         Raises:
             ValueError: the actions have another shape.
         """
-        actions = torch.as_tensor(actions, device=self.device)
-        if actions.shape != self.action_space.shape:
-            raise ValueError(f"Actions have shape {tuple(actions.shape)}; {self.action_space.shape} was expected.")
+        actions = check_shape(torch.as_tensor(actions, device=self.device), self.action_space)
         rewards = self._advance(actions.clamp(0, 1) if self.continuous else actions)
-        obs = final_obs = self._observe()
+        obs = self._observe()
+        infos = {"final_obs": obs} | self._infos("state", "final_state")
         self.time += 1
         over = self.time == self.episode_length
         if over:
             self.time = 0
             self._start()
             obs = self._observe()
+            infos |= self._infos("state")
         terminations, truncations = self._over[over and self.terminal], self._over[over and not self.terminal]
-        return obs, rewards, terminations, truncations, {"final_obs": final_obs}
+        return obs, rewards, terminations, truncations, infos
+
+    def _infos(self, *names):
+        return dict.fromkeys(names, self._state()) if self.state_dim else {}
 
     def _uniform(self, *shape):
         return torch.rand(shape, generator=self.generator, device=self.device, dtype=self.dtype)
@@ -177,13 +204,17 @@ class SimpleSpread(BatchedEnv):
 
     Observation of one agent, D = 6 N: its velocity and position, the landmarks and then the other agents relative to
     it, and the others' (always silent) communication. Actions: 0 stay, 1 left, 2 right, 3 down, 4 up; or, continuous,
-    five thrusts in [0, 1] in the same order. Source: mpe2 1.1.1, simple_spread.py and _mpe_utils/core.py.
+    five thrusts in [0, 1] in the same order. Source: mpe2 1.1.1, simple_spread.py and _mpe_utils/. The state, S = 6 N:
+    all positions, velocities and landmarks (no agent sees the others' velocities).
 
     Args:
         num_agents: N, of agents and of landmarks; at least 2.
         continuous: five thrusts instead of five actions.
         max_cycles: steps per episode.
         local_ratio: weight in [0, 1] of an agent's own collisions against the landmarks' distances.
+        num_agent_neighbors, num_landmark_neighbors: an agent sees this many others and landmarks, the nearest ones,
+            nearest first (zeros where there are fewer): D = 4 + 4 others + 2 landmarks. None: all, in a fixed order.
+        state: give the state in infos.
     """
 
     SENSITIVITY, TIME_STEP, DAMPING = 5.0, 0.1, 0.25
@@ -197,19 +228,28 @@ class SimpleSpread(BatchedEnv):
         continuous=False,
         max_cycles=25,
         local_ratio=0.5,
+        num_agent_neighbors=None,
+        num_landmark_neighbors=None,
+        state=False,
         dtype=torch.float32,
     ):
         if num_agents < 2:
             raise ValueError(f"SimpleSpread needs at least 2 agents, not {num_agents}.")
-        super().__init__(num_envs, device, num_agents, 6 * num_agents, 5, max_cycles, continuous, False, dtype)
-        self.num_agents, self.local_ratio = num_agents, local_ratio
+        seen = self.seen = num_agent_neighbors, num_landmark_neighbors
+        if any(count is not None and count < 1 for count in seen):
+            raise ValueError(f"An agent sees at least 1 neighbor and 1 landmark (or None: all), not {seen}.")
+        others, landmarks = (all_ if count is None else count for count, all_ in zip(seen, (num_agents - 1, num_agents)))
+        num_features = 4 + 4 * others + 2 * landmarks
+        super().__init__(num_envs, device, num_agents, num_features, 5, max_cycles, continuous, False, dtype)
+        self.num_agents, self.local_ratio, self.state_dim = num_agents, local_ratio, 6 * num_agents * state
         if (max_cycles, local_ratio, continuous) == (25, 0.5, False):
             scores = {3: (-26.34, -7.63), 5: (-35.92, -11.54), 10: (-54.5, -23.3)}.get(num_agents, ())
-            self.references = dict(zip(("random", "heuristic"), scores))
+            names = ("random", "heuristic") if seen == (None, None) else ("random",)  # the heuristic sees everything
+            self.references = dict(zip(names, scores))
         ids = torch.arange(num_agents, device=device)
         self._others = ids.expand(num_agents, -1)[ids != ids.unsqueeze(1)].view(num_agents, -1)  # (N, N - 1)
         self._thrust = torch.tensor([[0, 0], [-1, 0], [1, 0], [0, -1], [0, 1]], dtype=dtype, device=device)  # (5, 2)
-        self._silence = torch.zeros(num_envs, num_agents, 2 * (num_agents - 1), dtype=dtype, device=device)
+        self._silence = torch.zeros(num_envs, num_agents, 2 * others, dtype=dtype, device=device)
 
     def _start(self):
         self.position, self.landmarks = (2 * self._uniform(2, self.num_envs, self.num_agents, 2) - 1).unbind(0)  # (E, N, 2)
@@ -220,9 +260,21 @@ class SimpleSpread(BatchedEnv):
         return offset, torch.linalg.vector_norm(offset, dim=-1)
 
     def _observe(self):
-        to_landmarks = (self.landmarks.unsqueeze(1) - self.position.unsqueeze(2)).flatten(2)  # (E, N, 2 N)
-        to_others = self._to_others()[0].flatten(2)  # (E, N, 2 (N - 1))
+        to_others, to_landmarks = self._to_others()[0], self.landmarks.unsqueeze(1) - self.position.unsqueeze(2)
+        to_others, to_landmarks = (self._nearest(*pair) for pair in zip((to_others, to_landmarks), self.seen))
         return torch.cat([self.velocity, self.position, to_landmarks, to_others, self._silence], -1)
+
+    @staticmethod
+    def _nearest(offset, count):
+        """Offsets (E, N, M, 2) -> the `count` nearest, zeros where there are fewer: (E, N, 2 count). None: all M."""
+        if count is None:
+            return offset.flatten(2)
+        nearest = torch.linalg.vector_norm(offset, dim=-1).topk(min(count, offset.shape[2]), largest=False).indices
+        chosen = offset.take_along_dim(nearest.unsqueeze(-1), 2).flatten(2)
+        return torch.nn.functional.pad(chosen, (0, 2 * count - chosen.shape[-1]))
+
+    def _state(self):
+        return torch.cat([self.position, self.velocity, self.landmarks], -1).flatten(1)  # (E, 6 N)
 
     def _advance(self, actions):
         thrust = actions.to(self.dtype) @ self._thrust if self.continuous else self._thrust[actions]  # (E, N, 2)
@@ -252,25 +304,268 @@ ENVS = {
     "mpe_spread": (SimpleSpread, {}),
     "mpe_spread_5ag": (SimpleSpread, {"num_agents": 5}),
     "mpe_spread_10ag": (SimpleSpread, {"num_agents": 10}),
+    "mpe_spread_partial": (SimpleSpread, {"num_agent_neighbors": 1, "num_landmark_neighbors": 1}),
     "mpe_spread_continuous": (SimpleSpread, {"continuous": True}),
     "mpe_spread_5ag_continuous": (SimpleSpread, {"num_agents": 5, "continuous": True}),
     "mpe_spread_10ag_continuous": (SimpleSpread, {"num_agents": 10, "continuous": True}),
 }
 
+# --- Adapters: other people's environments ----------------------------------------------------------------------------
 
-def make(env_id, num_envs, device="cpu", **kwargs):
-    """Build E copies of an environment of the table above as one gymnasium.vector.VectorEnv.
+
+class TupleEnv:
+    """A gymnasium environment with Tuple spaces, one entry per agent, as a PettingZoo parallel one that nobody leaves early."""
+
+    def __init__(self, env):
+        self.env, self.close = env, env.close
+        self.agents = self.possible_agents = list(range(len(env.action_space)))
+        self.observation_space, self.action_space = env.observation_space.__getitem__, env.action_space.__getitem__
+
+    def reset(self, seed=None):
+        return dict(enumerate(self.env.reset(seed=seed)[0])), {}
+
+    def step(self, actions):
+        obs, rewards, *over, _ = self.env.step(tuple(actions.values()))
+        rewards = np.broadcast_to(rewards, len(self.agents))  # some environments give one for all
+        over = (dict.fromkeys(self.agents, bool(np.all(flags))) for flags in over)
+        return dict(enumerate(obs)), dict(enumerate(rewards)), *over, {}
+
+
+def find_module(name):
+    """Import a module by its name, or by its name within pettingzoo."""
+    for full_name in (name, f"pettingzoo.{name}"):
+        try:
+            return importlib.import_module(full_name)
+        except ModuleNotFoundError as error:
+            if not f"{full_name}.".startswith(f"{error.name}."):  # the module is there, but not what it needs itself
+                raise
+    raise ModuleNotFoundError(f"No module named {name!r} or 'pettingzoo.{name}'")
+
+
+def parallel_env(env_id, kwargs):
+    """One environment with PettingZoo's parallel interface; ValueError if there is none, or not with these arguments."""
+    kind, _, name = env_id.partition(":")
+    try:
+        if kind == "pettingzoo":
+            module = find_module(name)
+            if not hasattr(module, "parallel_env"):
+                raise ValueError(f"{env_id} has no parallel_env: choose one where agents act at once, not in turns (AEC).")
+            return module.parallel_env(**kwargs)
+        for prefix, package in (("Foraging", "lbforaging"), ("rware", "rware")):
+            if name.startswith(prefix):
+                importlib.import_module(package)  # it registers its environments
+        env = gymnasium.make(name, disable_env_checker=True, **kwargs)
+    except ImportError as error:
+        raise ValueError(f"{env_id}: {error}; correct the name, or pip install what is missing.") from error
+    except (TypeError, AssertionError, gymnasium.error.Error) as error:
+        raise ValueError(f"{env_id} cannot be made with the options {kwargs}: {error}") from error
+    if not all(isinstance(space, spaces.Tuple) for space in (env.observation_space, env.action_space)):
+        raise ValueError(f"{env_id} is for a single agent: choose one whose spaces are Tuples with one entry per agent.")
+    return TupleEnv(env)
+
+
+class Team(gymnasium.Env):
+    """One copy of an adapted environment, with arrays for the team in place of dicts by agent.
+
+    Observations are a Dict: obs (N, D), active (N,), action_mask (N, A) if actions are discrete, state (S,) if S > 0.
+    Smaller observations are padded with zeros; actions that an agent does not have are masked. An agent that has left is
+    not active, may choose only action 0 (which nobody executes) and counts as reward 0 in the mean.
+    """
+
+    def __init__(self, env_id, kwargs, state_dim=0):
+        self.env_id, self.env, self.state_dim = env_id, parallel_env(env_id, kwargs), state_dim
+        self.ids = list(self.env.possible_agents)
+        sees = [self.env.observation_space(agent) for agent in self.ids]
+        # PettingZoo's convention for masks: a Dict of "observation" and "action_mask"
+        self.sees = [s.spaces.get("observation", s) if isinstance(s, spaces.Dict) else s for s in sees]
+        self.acts = [self.env.action_space(agent) for agent in self.ids]
+        self.discrete = all(isinstance(space, spaces.Discrete) for space in self.acts)
+        self._check_spaces()
+        num_agents, num_features = len(self.ids), max(map(spaces.flatdim, self.sees))
+        parts = {"obs": spaces.Box(-np.inf, np.inf, (num_agents, num_features)), "active": spaces.MultiBinary(num_agents)}
+        if self.discrete:
+            sizes = [int(space.n) for space in self.acts]
+            self.action_space = spaces.MultiDiscrete([max(sizes)] * num_agents)
+            parts["action_mask"] = spaces.MultiBinary((num_agents, max(sizes)))
+        else:
+            bounds = ([getattr(space, side).ravel() for space in self.acts] for side in ("low", "high"))
+            self.low, self.high = (np.stack(bound, dtype=np.float32) for bound in bounds)  # (N, A)
+            if not np.isfinite(self.high - self.low).all():
+                raise ValueError(f"{self.env_id} has actions without bounds: wrap it so that they lie in a finite box.")
+            self.action_space = spaces.Box(0.0, 1.0, self.low.shape, np.float32)  # stands for [low, high]
+        if state_dim:
+            parts["state"] = spaces.Box(-np.inf, np.inf, (state_dim,))
+        self.observation_space = spaces.Dict(parts)
+        self.masked = self.discrete and min(sizes) < max(sizes)  # may actions be forbidden?
+
+    def _check_spaces(self):
+        vectors = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
+        for space in self.sees:
+            if not isinstance(space, vectors) or len(space.shape) > (1 if space.dtype == np.uint8 else 2):
+                raise ValueError(f"{self.env_id} shows its agents {space}: choose vectors, not images or Dicts.")
+        if not self.discrete and not all(isinstance(space, spaces.Box) for space in self.acts):
+            raise ValueError(f"{self.env_id} has the actions {self.acts}: choose options that make all Discrete or all Box.")
+        if not self.discrete and len({space.shape for space in self.acts}) > 1:
+            raise ValueError(f"{self.env_id} has continuous actions of several sizes, {self.acts}: choose discrete ones.")
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        if seed is None:  # never passed on, because some environments then ask the operating system for a seed
+            seed = int(self.np_random.integers(2**31))
+        obs, infos = self.env.reset(seed=seed)
+        self.present, self.timed_out = set(self.env.agents), set()
+        return self._arrays(obs, infos, self.present), {}
+
+    def step(self, actions):
+        if self.discrete:
+            actions = [int(action) + int(space.start) for action, space in zip(actions, self.acts)]
+        else:
+            actions = self.low + np.clip(actions, 0, 1) * (self.high - self.low)
+            actions = [action.reshape(space.shape).astype(space.dtype) for action, space in zip(actions, self.acts)]
+        actions = {agent: action for agent, action in zip(self.ids, actions) if agent in self.env.agents}
+        obs, self.rewards, terminated, truncated, infos = self.env.step(actions)
+        before = self.present
+        self.present = {agent for agent in self.env.agents if not (terminated.get(agent) or truncated.get(agent))}
+        out_of_time = {agent for agent in before - self.present if not terminated.get(agent)}
+        self.timed_out |= out_of_time
+        over = not self.present
+        arrays = self._arrays(obs, infos, out_of_time if over else self.present)  # active: those who could go on
+        reward = sum(map(float, self.rewards.values())) / len(self.ids)
+        return arrays, reward, over and not self.timed_out, over and bool(self.timed_out), {}
+
+    def _arrays(self, obs, infos, active):
+        if strangers := set(self.env.agents) - set(self.ids):
+            raise ValueError(f"{self.env_id} lets in {strangers}: choose one where all agents are in its possible_agents.")
+        arrays = {key: np.zeros(space.shape, space.dtype) for key, space in self.observation_space.items()}
+        for i, agent in enumerate(self.ids):
+            arrays["active"][i] = agent in active
+            if agent in obs:
+                seen, mask = obs[agent], infos.get(agent, {}).get("action_mask")
+                if isinstance(seen, dict):
+                    seen, mask = seen["observation"], seen.get("action_mask", mask)
+                seen = spaces.flatten(self.sees[i], seen)
+                arrays["obs"][i, : len(seen)] = seen
+                if self.discrete and agent in active:
+                    self.masked |= mask is not None
+                    arrays["action_mask"][i, : self.acts[i].n] = 1 if mask is None else mask
+        if self.discrete:  # something must be allowed, where the agent has left or may do nothing
+            arrays["action_mask"][~arrays["action_mask"].any(1), 0] = 1
+        if self.state_dim:
+            arrays["state"][:] = np.ravel(self.env.state())
+        return arrays
+
+    def close(self):
+        self.env.close()
+
+
+def probe(env_id, kwargs, state):
+    """Play 200 random, allowed steps on a copy of its own -> keys that infos will have, state_dim.
+
+    ValueError if the agents compete, or there is no state. Global random numbers are left as they were.
+    """
+    saved, state_dim = (random.getstate(), np.random.get_state()), 0
+    try:
+        with torch.random.fork_rng(devices=[]):
+            team = Team(env_id, kwargs)
+            arrays, _ = team.reset(seed=6)  # where the two sides of mpe2's simple_tag soon meet, as they rarely do at random
+            if state:
+                try:
+                    state_dim = np.size(team.env.state())
+                except (AttributeError, NotImplementedError):
+                    raise ValueError(f"{env_id} has no state(): leave state=True away.") from None
+            team.action_space.seed(6)
+            for _ in range(200):
+                mask = tuple(arrays["action_mask"]) if team.discrete else None
+                arrays, _, terminated, truncated, _ = team.step(team.action_space.sample(mask))
+                rewards = team.rewards.values()
+                if min(rewards, default=0) < 0 < max(rewards, default=0):
+                    raise ValueError(
+                        f"{env_id} rewards one agent while it punishes another, but MAGPO needs a shared goal: "
+                        "choose a cooperative environment, or its option for a shared reward."
+                    )
+                if terminated or truncated:
+                    arrays, _ = team.reset()
+            team.close()
+    finally:
+        random.setstate(saved[0]), np.random.set_state(saved[1])
+    given = {"action_mask": team.masked, "active": env_id.startswith("pettingzoo:"), "state": state}
+    return [key for key in given if given[key]], state_dim
+
+
+class AdaptedEnv(VectorWrapper):
+    """E Teams in gymnasium's SyncVectorEnv or AsyncVectorEnv: torch tensors in and out, and the infos promised above.
+
+    Arguments and errors are those of `make`.
+    """
+
+    references: dict[str, float] = {}
+    note = "the team's reward is the mean over agents"
+
+    def __init__(self, env_id, num_envs, device="cpu", num_workers=0, state=False, **kwargs):
+        if num_workers not in (0, num_envs):
+            raise ValueError(f"num_workers must be 0 or num_envs ({num_envs}): gymnasium runs one process per copy.")
+        self.device = torch.device(device)
+        self.keys, self.state_dim = probe(env_id, kwargs, state)
+        vector_env = AsyncVectorEnv if num_workers else SyncVectorEnv
+        copies = [partial(Team, env_id, kwargs, self.state_dim)] * num_envs
+        super().__init__(vector_env(copies, autoreset_mode=AutoresetMode.SAME_STEP))
+        self.observation_space = self.env.observation_space["obs"]
+        self.single_observation_space = self.env.single_observation_space["obs"]
+
+    def reset(self, *, seed=None, options=None):
+        """Start E new episodes -> observations (E, N, D), infos. Copy i gets seed + i; without a seed the generators go on."""
+        arrays, _ = self.env.reset(seed=seed, options=options)
+        return self._tensors(arrays, arrays)
+
+    def step(self, actions):
+        """Actions (E, N), or (E, N, A) if continuous -> observations, rewards, terminations, truncations, infos.
+
+        Raises:
+            ValueError: the actions have another shape.
+        """
+        actions = check_shape(torch.as_tensor(actions).cpu().numpy(), self.action_space)
+        arrays, rewards, terminations, truncations, infos = self.env.step(actions)
+        final = {key: array.copy() for key, array in arrays.items()}
+        for i in np.flatnonzero(terminations | truncations):
+            for key, value in infos["final_obs"][i].items():
+                final[key][i] = value
+        obs, infos = self._tensors(arrays, final)
+        rewards = torch.as_tensor(rewards, dtype=torch.float32, device=self.device)
+        return obs, rewards, *(torch.as_tensor(x, device=self.device) for x in (terminations, truncations)), infos
+
+    def _tensors(self, arrays, final):
+        arrays = {key: arrays[key] for key in ("obs", *self.keys)} | {f"final_{key}": final[key] for key in ("obs", *self.keys)}
+        tensors = {key: torch.as_tensor(array, device=self.device) for key, array in arrays.items()}
+        tensors = {key: x.bool() if x.dtype == torch.int8 else x for key, x in tensors.items()}
+        return tensors.pop("obs"), tensors
+
+
+def make(env_id, num_envs, device="cpu", num_workers=0, state=False, **kwargs):
+    """Build E copies of an environment as one gymnasium.vector.VectorEnv.
 
     Args:
-        env_id: a key of ENVS.
+        env_id: a key of ENVS, "pettingzoo:<module>" or "gym:<id>".
         num_envs: E.
         device: where the tensors live.
+        num_workers: of an adapted environment: 0 steps its copies one after the other, E gives each a process of its own.
+        state: give infos["state"], where the environment has a state.
         **kwargs: passed on to the environment's constructor, over the table's.
 
     Raises:
-        ValueError: there is no such environment.
+        ValueError: there is no such environment, or it does not fit; the sentence says why.
     """
+    if env_id.startswith(("pettingzoo:", "gym:")):
+        return AdaptedEnv(env_id, num_envs, device, num_workers, state, **kwargs)
     if env_id not in ENVS:
-        raise ValueError(f"There is no environment {env_id!r}; choose one of {', '.join(ENVS)}.")
+        raise ValueError(f"There is no environment {env_id!r}; choose one of {', '.join(ENVS)}, pettingzoo:<module>, gym:<id>.")
     env_class, defaults = ENVS[env_id]
-    return env_class(num_envs, device, **{**defaults, **kwargs})
+    if num_workers:
+        raise ValueError(f"{env_id} computes all its copies at once: leave num_workers at 0.")
+    if state:
+        if env_class is not SimpleSpread:
+            raise ValueError(f"{env_id} has no state beyond its observations: leave state=True away.")
+        kwargs["state"] = True
+    try:
+        return env_class(num_envs, device, **{**defaults, **kwargs})
+    except TypeError as error:
+        raise ValueError(f"{env_id} cannot be made with the options {kwargs}: {error}") from error

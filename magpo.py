@@ -14,16 +14,14 @@ observation alone. Every iteration of train() makes the paper's four steps:
 
 Shapes: T steps, E environments, N agents, D features of one agent's observation, A actions of one agent.
 
-Where this file departs from the paper or its official code: TUTORIAL.md has the table. In short: attention instead of
-Sable's retention; the agent order is fixed, so that an unchanged guider's importance ratio is 1; time-outs bootstrap
-from the episode's last observation instead of counting as terminal; values are normalised instead of value-clipped;
-advantages are normalised over the whole rollout; the evaluation uses the parameters it is logged with.
+Where paper, official code and this file differ, TUTORIAL.md has the table. In short: attention instead of Sable's retention; a
+fixed agent order, so that an unchanged guider's importance ratio is 1; time-outs bootstrap instead of counting as terminal.
 """
 
-import argparse
 import csv
-import ctypes
+import json
 import math
+import re
 import sys
 import time
 from dataclasses import asdict, dataclass, fields
@@ -34,6 +32,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
+from matplotlib.figure import Figure
 from torch.distributions import Categorical, Distribution, Independent, Normal, kl_divergence
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -45,11 +44,12 @@ Distribution.set_default_validate_args(False)  # validation reads values back fr
 # --- Options ----------------------------------------------------------------------------------------------------------
 
 PRESETS = {  # by the environment's family, the first word of its name
-    "mpe": dict(total_timesteps=1_600_000, num_minibatches=16, update_epochs=3, learning_rate=3e-3, gamma=0.95,
-                gae_lambda=0.9, max_grad_norm=1.0, delta=2.0),
-    "coordsum": dict(total_timesteps=800_000, learning_rate=2e-3, gamma=0.9, gae_lambda=0.9, delta=1.3, lam=2.0, embed_dim=32),
-    "matrix": dict(total_timesteps=40_960, num_steps=8, num_minibatches=2, learning_rate=2e-3, gamma=0.0, delta=1.3,
-                   embed_dim=32, hidden_dim=64),
+    "mpe": dict(total_timesteps=1_600_000),
+    "coordsum": dict(total_timesteps=480_000, learning_rate=2e-3, gamma=0.9, delta=1.3, lam=2.0, embed_dim=32),
+    "matrix": dict(total_timesteps=40_960, num_steps=8, num_minibatches=2, update_epochs=4, learning_rate=4e-3, gamma=0.0,
+                   max_grad_norm=0.5, delta=1.3, embed_dim=32, hidden_dim=64),
+    "pettingzoo": dict(num_envs=8, num_minibatches=4, eval_every=50, eval_episodes=256),
+    "gym": dict(num_envs=8, num_minibatches=4, gamma=0.99, eval_every=50, eval_episodes=256),
 }  # fmt: skip
 
 
@@ -57,208 +57,205 @@ PRESETS = {  # by the environment's family, the first word of its name
 class Args:
     """MAGPO: train decentralized learners with an autoregressive guider. What you give wins over the environment's preset."""
 
-    env: str = "mpe_spread"
-    """environment, a name from envs.py; the preset of its family fills in what you do not give"""
-    algo: Literal["magpo", "mappo", "ctds"] = "magpo"
-    """mappo: the learners collect the data by themselves; ctds: delta = infinity and lambda = 0, a teacher that does not wait"""
-    seed: int = 1
-    """seed of everything random, environments included"""
-    cuda: bool = False
-    """train on the GPU, if there is one"""
-    torch_deterministic: bool = True
-    """let PyTorch use deterministic algorithms only"""
-    torch_threads: int = 1
-    """CPU threads of PyTorch; on networks this small a second one costs more than it gains"""
-    runs_dir: str = "runs"
-    """folder that receives this run's folder"""
+    env: str = "mpe_spread"  # environment, a name from envs.py; the preset of its family fills in what you do not give
+    env_kwargs: str = "{}"  # options of the environment's constructor, as JSON, such as '{"N": 5}'
+    num_workers: int = 0  # of pettingzoo: and gym: environments; 0 for none, else num_envs, a process per copy
+    algo: Literal["magpo", "mappo", "ctds"] = "magpo"  # mappo: PPO on the learners; ctds: a teacher that does not wait for them
+    seed: int = 1  # seed of everything random, environments included
+    cuda: bool = False  # train on the GPU, if there is one
+    torch_deterministic: bool = True  # let PyTorch use deterministic algorithms only
+    torch_threads: int = 1  # CPU threads of PyTorch; on networks this small a second one costs more than it gains
+    runs_dir: str = "runs"  # folder that receives this run's folder
 
-    total_timesteps: int = 1_000_000
-    """environment steps of training, all copies together"""
-    num_envs: int = 128
-    """E, parallel copies of the environment"""
-    num_steps: int = 25
-    """T, steps of each copy per iteration"""
-    learning_rate: float = 1e-3
-    """Adam's step size"""
-    anneal_lr: bool = True
-    """lower the learning rate linearly to zero"""
-    anneal_ent: bool = True
-    """lower ent_coef linearly to zero"""
-    gamma: float = 0.99
-    """discount factor"""
-    gae_lambda: float = 0.95
-    """lambda of generalized advantage estimation (not the paper's lambda)"""
-    num_minibatches: int = 4
-    """minibatches per epoch, drawn from all T x E steps"""
-    update_epochs: int = 4
-    """passes over each rollout"""
-    clip_coef: float = 0.2
-    """epsilon of Eq. 9 and 10: the importance ratio's clip"""
-    ent_coef: float = 0.01
-    """c_ent of Eq. 9: the guider's entropy bonus"""
-    vf_coef: float = 0.5
-    """c_v of Eq. 9: the value loss's weight"""
-    max_grad_norm: float = 0.5
-    """gradient norm at which guider and learners are clipped, each for itself"""
+    total_timesteps: int = 1_000_000  # environment steps of training, all copies together
+    num_envs: int = 128  # E, parallel copies of the environment
+    num_steps: int = 25  # T, steps of each copy per iteration
+    learning_rate: float = 3e-3  # Adam's step size
+    anneal_lr: bool = True  # lower the learning rate and the entropy bonus linearly to zero
+    gamma: float = 0.95  # discount factor
+    gae_lambda: float = 0.9  # lambda of generalized advantage estimation (not the paper's lambda)
+    num_minibatches: int = 16  # minibatches per epoch, drawn from all T x E steps
+    update_epochs: int = 3  # passes over each rollout
+    clip_coef: float = 0.2  # epsilon of Eq. 9 and 10: the importance ratio's clip
+    ent_coef: float = 0.01  # c_ent of Eq. 9: the guider's entropy bonus
+    vf_coef: float = 0.5  # c_v of Eq. 9: the value loss's weight
+    max_grad_norm: float = 1.0  # gradient norm at which guider and learners are clipped, each for itself
 
-    delta: float = 1.5
-    """delta of Eq. 9, above 1: the guider keeps mu/pi within [1/delta, delta]; inf for no bound"""
-    lam: float = 1.0
-    """lambda of Eq. 10: weight of the learners' own RL loss"""
-    backtracking: Literal["soft", "reset"] = "soft"
-    """step 4: soft is Eq. 9's bound; reset sets mu = pi each iteration (Section 4), then delta = inf and lambda = 0"""
-    residual: bool = False
-    """the guider's logits are the learners' (as of the rollout) plus a learned correction; reset implies it"""
-
-    embed_dim: int = 48
-    """width of the guider"""
-    num_heads: int = 1
-    """attention heads of the guider"""
-    hidden_dim: int = 128
-    """width of the learners"""
-    eval_every: int = 10
-    """iterations between two evaluations of the learners"""
-    eval_episodes: int = 1024
-    """episodes behind each line of the final table"""
+    delta: float = 2.0  # delta of Eq. 9, above 1: the guider keeps mu/pi within [1/delta, delta]; inf for no bound
+    lam: float = 1.0  # lambda of Eq. 10: weight of the learners' own RL loss
+    backtracking: Literal["soft", "reset"] = "soft"  # step 4: Eq. 9's bound, or mu = pi each iteration (Section 4)
+    residual: bool = False  # the guider's logits are the learners' (in the rollout) plus a learned correction; reset implies it
+    recurrent: bool = False  # give the learners and the guider a memory, a GRU over time
+    state: bool = False  # show the environment's global state to the guider, and to it alone
+    embed_dim: int = 48  # width of the guider
+    hidden_dim: int = 128  # width of the learners
+    eval_every: int = 10  # iterations between two evaluations of the learners
+    eval_episodes: int = 1024  # episodes behind each line of the final table
 
     def __init__(self, **given):
         known = {field.name: field.default for field in fields(self)}
         if unknown := given.keys() - known.keys():
             raise TypeError(f"Args has no option {', '.join(sorted(unknown))}")
-        preset = PRESETS.get(given.get("env", self.env).split("_")[0], {})
+        preset = PRESETS.get(re.split("[_:]", given.get("env", self.env))[0], {})
         for name, value in (known | preset | given).items():
             setattr(self, name, value)
-        if self.algo == "ctds" or self.backtracking == "reset":
-            self.delta, self.lam = math.inf, 0.0
         self.residual |= self.backtracking == "reset"
+        if self.algo == "ctds" or self.backtracking == "reset":
+            self.delta = math.inf
+        if self.algo != "magpo" or self.backtracking == "reset":
+            self.lam = 0.0
 
 
 def validate(args):
     """Raise ValueError, in one sentence, for options that cannot work."""
-    positive = "total_timesteps num_envs num_steps num_minibatches update_epochs embed_dim num_heads hidden_dim"
-    for name in f"{positive} eval_every eval_episodes torch_threads learning_rate clip_coef max_grad_norm".split():
-        if not getattr(args, name) > 0:
-            raise ValueError(f"{name} must be above 0, not {getattr(args, name)}.")
-    for name in ("ent_coef", "vf_coef", "lam"):
-        if not getattr(args, name) >= 0:
-            raise ValueError(f"{name} must not be negative, but is {getattr(args, name)}.")
-    for name in ("gamma", "gae_lambda"):
-        if not 0 <= getattr(args, name) <= 1:
-            raise ValueError(f"{name} must lie in [0, 1], but is {getattr(args, name)}.")
-    if not args.delta > 1:
-        raise ValueError(f"delta must be above 1 (the guider's distance from the learners), but is {args.delta}.")
-    if args.num_envs * args.num_steps % args.num_minibatches:
-        raise ValueError(f"num_envs x num_steps must be a multiple of num_minibatches ({args.num_minibatches}).")
-    if args.embed_dim % args.num_heads:
-        raise ValueError(f"embed_dim ({args.embed_dim}) must be a multiple of num_heads ({args.num_heads}).")
-    if not 0 <= args.seed < 2**32:
-        raise ValueError(f"seed must lie in [0, 2**32), but is {args.seed}.")
-    if args.algo == "mappo" and args.residual:
-        raise ValueError("mappo has no guider policy, so it knows neither residual nor reset.")
-    if args.total_timesteps < args.num_envs * args.num_steps:
-        raise ValueError(f"total_timesteps ({args.total_timesteps}) is below one rollout, num_envs x num_steps.")
-    make(args.env, 1)
+    may_be_zero = {"seed", "gamma", "gae_lambda", "ent_coef", "vf_coef", "lam", "num_workers"}
+    for name, value in asdict(args).items():
+        if type(value) in (int, float) and not (value > 0 or value == 0 and name in may_be_zero):
+            raise ValueError(f"{name} must {'not be negative' if name in may_be_zero else 'be above 0'}, but is {value}.")
+    samples = args.num_envs * (1 if args.recurrent else args.num_steps)
+    for good, message in (
+        (max(args.gamma, args.gae_lambda) <= 1, "gamma and gae_lambda must lie in [0, 1]."),
+        (args.delta > 1, f"delta must be above 1 (the guider's distance from the learners), but is {args.delta}."),
+        (samples % args.num_minibatches == 0, f"num_minibatches must divide num_envs x num_steps, or num_envs with memory: {samples}."),
+        (args.seed < 2**32, f"seed must lie in [0, 2**32), but is {args.seed}."),
+        (not (args.algo == "mappo" and args.residual), "mappo has no guider policy, so it knows neither residual nor reset."),
+        (args.num_workers in (0, args.num_envs), "num_workers must be 0 or num_envs: gymnasium runs one process per copy."),
+        (args.total_timesteps >= args.num_envs * args.num_steps, "total_timesteps is below one rollout, num_envs x num_steps."),
+    ):
+        if not good:
+            raise ValueError(message)
+    make_envs(args, 1).close()
+
+
+def make_envs(args, num_envs, device="cpu"):
+    """E copies of the environment that the options name -> gymnasium.vector.VectorEnv; ValueError if they cannot be made."""
+    try:
+        kwargs = dict(**json.loads(args.env_kwargs))
+    except (ValueError, TypeError):
+        raise ValueError(f"env_kwargs must be a JSON object such as '{{\"N\": 5}}', not {args.env_kwargs!r}.") from None
+    return make(args.env, num_envs, device, num_envs if args.num_workers else 0, args.state, **kwargs)
 
 
 # --- Networks ---------------------------------------------------------------------------------------------------------
 
 
-def distribution(params, continuous):
-    """Policy of every agent from the network's output: Categorical from (..., N, A), or diagonal Gaussian from (..., N, 2 A)."""
+def distribution(params, continuous, action_mask=None):
+    """Policy of every agent: Categorical over allowed actions from (..., N, A), or diagonal Gaussian from (..., N, 2 A)."""
     if not continuous:
-        return Categorical(logits=params)
+        return Categorical(logits=params if action_mask is None else params.masked_fill(~action_mask, -1e9))
     mean, log_std = params.chunk(2, -1)
     return Independent(Normal(mean + 0.5, (log_std - 1).clamp(-4, 1).exp()), 1)  # starts in the middle of [0, 1]
 
 
 def linear(inputs, outputs, gain):
-    """Linear layer with orthogonal weights and no bias at the start."""
+    """Linear layer that starts with orthogonal weights and without bias."""
     layer = nn.Linear(inputs, outputs)
     nn.init.orthogonal_(layer.weight, gain), nn.init.zeros_(layer.bias)
     return layer
 
 
 class Features(nn.Module):
-    """Two tanh layers on each agent's own observation and id: (..., N, D) -> (..., N, C). Guider and learners have one each.
+    """Features (..., N, C) of each agent's own observation (..., N, D) and id; guider and learners have one each.
 
-    Adding row i of `agent_id` is what a one-hot id of agent i, appended to its observation, would do.
+    Two tanh layers: where to go is a smooth function of positions, and ReLUs were slow to learn it. Row i of `agent_id` is what
+    a one-hot id appended to the observation would add. If recurrent, a GRU over time follows. Its `memory` is a list of two:
+    the hidden state (B, N, C), which is replaced by the new one, and `starts` (B,), where an episode starts and the hidden
+    state is zero. Over sequences (T, B, N, D), starts is (T, B).
     """
 
-    def __init__(self, num_agents, obs_dim, dim):
+    def __init__(self, num_agents, obs_dim, dim, recurrent=False):
         super().__init__()
         self.obs_in, self.hidden = linear(obs_dim, dim, 3.0), linear(dim, dim, 5 / 3)
         self.agent_id = nn.Parameter(0.2 * torch.randn(num_agents, dim))
+        self.gru = nn.GRUCell(dim, dim) if recurrent else None
 
-    def forward(self, obs):
-        return self.hidden((self.obs_in(obs) + self.agent_id).tanh()).tanh()
+    def forward(self, obs, memory=None):
+        x = self.hidden((self.obs_in(obs) + self.agent_id).tanh()).tanh()
+        if self.gru is None:
+            return x
+        hidden, starts = memory
+        outputs = []
+        for x_t, start in zip(x.view(-1, *hidden.shape), starts.view(-1, len(hidden))):  # (B, N, C), (B,)
+            hidden = self.gru(x_t.flatten(0, 1), (hidden * ~start[:, None, None]).flatten(0, 1)).view_as(hidden)
+            outputs.append(hidden)
+        memory[0] = hidden
+        return torch.stack(outputs).view_as(x)
 
 
 class Block(nn.Module):
-    """Transformer block over the agents' axis, of width C with H heads; two of them are shallow enough to need no norms."""
+    """Transformer block over the agents' axis, of width C; small enough for one head and no norms."""
 
-    def __init__(self, dim, num_heads):
+    def __init__(self, dim):
         super().__init__()
-        self.num_heads = num_heads
         self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
         self.mlp = nn.Sequential(linear(dim, 2 * dim, 2**0.5), nn.ReLU(), nn.Linear(2 * dim, dim))
 
-    def forward(self, x, causal=False, cache=None):
+    def forward(self, x, active=None, causal=False, cache=None):
         """x (..., N, C) -> (..., N, C). causal: agent j attends to agents 1..j only.
 
+        active: (..., N) bool, agents that others attend to; None for all.
         cache: a list that holds keys and values of the agents before; x is then the next agent alone, and is added to it.
         """
-        qkv = self.qkv(x).view(-1, x.shape[-2], 3, self.num_heads, x.shape[-1] // self.num_heads)
-        q, k, v = qkv.transpose(1, 3).unbind(2)  # each (batch, H, N, C/H)
+        q, k, v = self.qkv(x).view(-1, 1, x.shape[-2], 3 * x.shape[-1]).chunk(3, -1)  # each (batch, 1 head, N, C)
         if cache is not None:
             cache.append((k, v))
-            k, v = (torch.cat(tensors, 2) for tensors in zip(*cache))  # (batch, H, agents so far, C/H)
-        attended = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
-        x = x + self.proj(attended.transpose(1, 2).reshape(x.shape))
+            k, v = (torch.cat(tensors, 2) for tensors in zip(*cache))  # (batch, 1, agents so far, C)
+        seen = None
+        if active is not None:  # each agent sees itself, as a row of nothing would be nan
+            itself = torch.eye(x.shape[-2], dtype=torch.bool, device=x.device)
+            seen = active.reshape(-1, 1, 1, x.shape[-2]) | itself  # (batch, 1, N, N)
+        attended = F.scaled_dot_product_attention(q, k, v, seen, is_causal=causal)
+        x = x + self.proj(attended.reshape(x.shape))
         return x + self.mlp(x)
 
 
 class Guider(nn.Module):
     """Autoregressive joint policy mu(a|s) = prod_j mu(a^j | s, a^1..a^{j-1}), and one value per agent.
 
-    An encoder block attends over all agents' observations; a causal decoder block attends over the actions chosen so
-    far. Leading dimensions are free; the last two are (N, D). `base`, where given, are the learners' policy parameters
-    (..., N, A) that the guider's own output is added to (the residual form).
+    An encoder block attends over all agents' features; a causal decoder block attends over the actions chosen so far.
+    Leading dimensions are free; the last two are (N, D). Optional inputs, the same everywhere:
+        base: (..., N, A), the learners' policy parameters, to which the guider's own are added (the residual form).
+        action_mask: (..., N, A) bool, the allowed actions. active: (..., N) bool, agents that are still there.
+        state: (..., S), global state that no learner sees. memory: of Features, if recurrent.
     """
 
-    def __init__(self, num_agents, obs_dim, action_dim, continuous=False, dim=64, num_heads=1):
+    def __init__(self, num_agents, obs_dim, action_dim, continuous=False, dim=64, recurrent=False, state_dim=0):
         super().__init__()
         self.continuous = continuous
-        self.features = Features(num_agents, obs_dim, dim)
-        self.encoder, self.decoder = Block(dim, num_heads), Block(dim, num_heads)
+        self.features = Features(num_agents, obs_dim, dim, recurrent)
+        self.state_in = nn.Linear(state_dim, dim) if state_dim else None
+        self.encoder, self.decoder = Block(dim), Block(dim)
         self.value_head = nn.Linear(dim, 1)
         self.action_in = nn.Linear(action_dim, dim) if continuous else nn.Embedding(action_dim, dim)
         self.start = nn.Parameter(0.02 * torch.randn(1, dim))  # stands for "no action yet"
         self.policy_head = linear(dim, action_dim * (1 + continuous), 0.1)
 
-    def encode(self, obs):
-        """obs (..., N, D) -> features (..., N, C), values (..., N)."""
-        features = self.encoder(self.features(obs))
-        return features, self.value_head(features).squeeze(-1)
+    def encode(self, obs, active=None, state=None, memory=None):
+        """obs (..., N, D) -> encoded (..., N, C), values (..., N)."""
+        x = self.features(obs, memory)
+        encoded = self.encoder(x if self.state_in is None else x + self.state_in(state).unsqueeze(-2), active)
+        values = self.value_head(encoded).squeeze(-1)
+        return encoded if active is None else encoded * active.unsqueeze(-1), values
 
-    def policy(self, tokens, base, **attention):
-        params = self.policy_head(self.decoder(tokens, **attention))
-        return distribution(params if base is None else params + base, self.continuous)
+    def policy(self, tokens, base, action_mask, **attention):
+        params = self.policy_head(self.decoder(tokens, **attention)) + (0 if base is None else base)
+        return distribution(params, self.continuous, action_mask)
 
-    def forward(self, obs, actions, base=None):
-        """obs (..., N, D), actions (..., N) -> mu's distribution at every agent given the actions before it, values (..., N)."""
-        features, values = self.encode(obs)
+    def forward(self, obs, actions, base=None, action_mask=None, active=None, state=None, memory=None):
+        """obs (..., N, D), actions (..., N) -> mu at every agent given the actions before it, values (..., N)."""
+        encoded, values = self.encode(obs, active, state, memory)
         before = self.action_in(actions)[..., :-1, :]  # (..., N - 1, C): agent j sees actions 1..j-1
         before = torch.cat([self.start.expand(*before.shape[:-2], 1, -1), before], -2)  # (..., N, C)
-        return self.policy(features + before, base, causal=True), values
+        return self.policy(encoded + before, base, action_mask, causal=True), values
 
     @torch.no_grad()
-    def act(self, obs, base=None):
+    def act(self, obs, base=None, action_mask=None, active=None, state=None, memory=None):
         """obs (..., N, D) -> actions (..., N), their logprobs (..., N), values (..., N); samples agent by agent."""
-        features, values = self.encode(obs)
+        encoded, values = self.encode(obs, active, state, memory)
         before, cache, actions, logprobs = self.start, [], [], []
         for j in range(obs.shape[-2]):
-            agent = (..., slice(j, j + 1), slice(None))
-            mu = self.policy(features[agent] + before, None if base is None else base[agent], cache=cache)
+            now = [None if x is None else x[..., j : j + 1, :] for x in (base, action_mask)]
+            mu = self.policy(encoded[..., j : j + 1, :] + before, *now, cache=cache)
             actions.append(mu.sample())
             logprobs.append(mu.log_prob(actions[-1]))
             before = self.action_in(actions[-1])
@@ -269,19 +266,19 @@ class Guider(nn.Module):
 class Learner(nn.Module):
     """Decentralized policies pi(a|o) = prod_i pi(a^i | o^i): shared weights, agent i sees obs[..., i, :] and its id, no more."""
 
-    def __init__(self, num_agents, obs_dim, action_dim, continuous=False, dim=128):
+    def __init__(self, num_agents, obs_dim, action_dim, continuous=False, dim=128, recurrent=False):
         super().__init__()
         self.continuous = continuous
-        self.features, self.hidden = Features(num_agents, obs_dim, dim), linear(dim, dim, 5 / 3)
+        self.features, self.hidden = Features(num_agents, obs_dim, dim, recurrent), linear(dim, dim, 5 / 3)
         self.policy_head = linear(dim, action_dim * (1 + continuous), 0.1)
 
-    def params(self, obs):
+    def params(self, obs, memory=None):
         """obs (..., N, D) -> the policy's parameters (..., N, A), or (..., N, 2 A) if continuous."""
-        return self.policy_head(self.hidden(self.features(obs)).tanh())
+        return self.policy_head(self.hidden(self.features(obs, memory)).tanh())
 
-    def forward(self, obs):
-        """obs (..., N, D) -> pi's distribution at every agent."""
-        return distribution(self.params(obs), self.continuous)
+    def forward(self, obs, action_mask=None, memory=None):
+        """obs (..., N, D) -> pi's distribution at every agent, over its allowed actions (..., N, A)."""
+        return distribution(self.params(obs, memory), self.continuous, action_mask)
 
 
 class ValueNorm(nn.Module):
@@ -306,7 +303,7 @@ class ValueNorm(nn.Module):
 
 
 def compute_gae(rewards, values, next_values, terminations, truncations, gamma, gae_lambda):
-    """Generalized advantage estimation (Schulman et al. 2016), with time-outs told apart from terminations.
+    """Generalized advantage estimation (Schulman et al. 2016) -> advantages (T, E, N), returns (T, E, N).
 
     Args:
         rewards: (T, E, 1) or (T, E, N), reward of each step.
@@ -314,9 +311,6 @@ def compute_gae(rewards, values, next_values, terminations, truncations, gamma, 
         next_values: (T, E, N), V of the observation that it led to; of the episode's last one where it ended.
         terminations: (T, E, 1) bool, the step ended its episode for good: nothing is worth anything after it.
         truncations: (T, E, 1) bool, time ran out: the return goes on with next_values, the sum over steps does not.
-
-    Returns:
-        advantages (T, E, N) and returns (T, E, N), the critic's targets.
     """
     errors = rewards + gamma * next_values * ~terminations - values  # (T, E, N)
     carry_on = gamma * gae_lambda * (~(terminations | truncations)).to(values.dtype)  # (T, E, 1)
@@ -328,19 +322,16 @@ def compute_gae(rewards, values, next_values, terminations, truncations, gamma, 
 
 
 def guider_loss(guider_logprobs, learner_logprobs, old_logprobs, advantages, kl, clip_coef, delta):
-    """Policy part of Eq. 9: PPO with a double clip, and the KL where the guider has left the learners' reach.
+    """Policy part of Eq. 9 -> loss, fraction of m = 1, fraction of ratios beyond 1 +- epsilon (scalars).
 
-    The inner clip takes away the gradient that would push mu further from pi than delta; the mask m lets the KL pull it
-    back from where it is already further. Together they are the backtracking (step 4) in practice.
+    PPO with a double clip: the inner one takes away the gradient that would push mu further from pi than delta; the mask m
+    lets the KL pull it back from where it is already further. Together they are the backtracking (step 4) in practice.
 
     Args:
         guider_logprobs, learner_logprobs, old_logprobs: log mu, log pi (a constant) and log mu_old of the action taken.
         advantages: A.
         kl: KL(mu || pi), same shape.
         clip_coef, delta: epsilon, and the bound above 1 (inf for none).
-
-    Returns:
-        loss (scalar), fraction of m = 1 (scalar), fraction of ratios beyond 1 +- epsilon (scalar).
     """
     bound = math.log(delta)
     gap = guider_logprobs - learner_logprobs.detach()  # log mu/pi
@@ -353,7 +344,7 @@ def guider_loss(guider_logprobs, learner_logprobs, old_logprobs, advantages, kl,
 
 
 def learner_loss(learner_logprobs, old_logprobs, advantages, kl, clip_coef, lam):
-    """Eq. 10: imitate the guider, and improve on the reward directly (the RL auxiliary loss).
+    """Eq. 10: imitate the guider, and improve on the reward directly (the RL auxiliary loss) -> loss (scalar).
 
     Args:
         learner_logprobs, old_logprobs: log pi and log mu_old of the action taken; the data is nearly on-policy for pi,
@@ -361,9 +352,6 @@ def learner_loss(learner_logprobs, old_logprobs, advantages, kl, clip_coef, lam)
         advantages: A.
         kl: KL(mu || pi) with mu a constant, same shape.
         clip_coef, lam: epsilon and lambda.
-
-    Returns:
-        loss (scalar).
     """
     ratio = (learner_logprobs - old_logprobs).exp()
     surrogate = torch.min(ratio * advantages, ratio.clamp(1 - clip_coef, 1 + clip_coef) * advantages)
@@ -382,19 +370,27 @@ def detached(policy):
 
 def build(args, envs):
     """Untrained guider and learner for an environment -> Guider, Learner."""
-    num_agents, obs_dim = envs.single_observation_space.shape
-    continuous = len(envs.single_action_space.shape) == 2
-    action_dim = envs.single_action_space.shape[1] if continuous else int(envs.single_action_space.nvec[0])
-    sizes = num_agents, obs_dim, action_dim, continuous
-    return Guider(*sizes, args.embed_dim, args.num_heads), Learner(*sizes, args.hidden_dim)
+    space = envs.single_action_space
+    continuous = len(space.shape) == 2
+    sizes = *envs.single_observation_space.shape, space.shape[1] if continuous else int(space.nvec[0]), continuous
+    guider = Guider(*sizes, args.embed_dim, recurrent=args.recurrent, state_dim=envs.state_dim if args.state else 0)
+    return guider, Learner(*sizes, args.hidden_dim, args.recurrent)
+
+
+def pick(inputs, *names):
+    """Those of the named inputs that this environment or algorithm has."""
+    return {name: inputs[name] for name in names if name in inputs}
+
+
+def empty_memories(args, envs, device):
+    """Memories of guider and learner at the start of an episode in all copies, as Features takes them."""
+    E, N = envs.num_envs, envs.single_observation_space.shape[0]
+    starts = torch.ones(E, dtype=torch.bool, device=device)
+    return [[torch.zeros(E, N, dim, device=device), starts] for dim in (args.embed_dim, args.hidden_dim)]
 
 
 def train(args):
-    """Train a team -> Path of the run's folder (checkpoint.pt, metrics.csv, TensorBoard events, curve.png).
-
-    Raises:
-        ValueError: an option that cannot work.
-    """
+    """Train a team -> Path of the run's folder (checkpoint.pt, metrics.csv, TensorBoard events, curve.png); or ValueError."""
     validate(args)
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     if args.cuda and device.type == "cpu":
@@ -402,200 +398,196 @@ def train(args):
     torch.manual_seed(args.seed)
     torch.use_deterministic_algorithms(args.torch_deterministic, warn_only=True)
     torch.set_num_threads(args.torch_threads)
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if hasattr(libc, "mallopt"):  # else every larger tensor is a fresh mmap, with its page faults
-        libc.mallopt(-1, 2**30), libc.mallopt(-3, 2**25)  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
 
-    envs = make(args.env, args.num_envs, device)
+    envs = make_envs(args, args.num_envs, device)
     guider, learner = (network.to(device) for network in build(args, envs))
-    guider_optimizer = torch.optim.Adam(guider.parameters(), args.learning_rate, eps=1e-5, fused=True)
-    learner_optimizer = torch.optim.Adam(learner.parameters(), args.learning_rate, eps=1e-5, fused=True)
+    parameters = [*guider.parameters(), *learner.parameters()]  # one Adam, as it treats every parameter by itself
+    optimizer = torch.optim.Adam(parameters, args.learning_rate, eps=1e-5, fused=True)
     value_norm = ValueNorm().to(device)
-    run_dir = Path(args.runs_dir) / f"{args.env}__{args.algo}__{args.seed}__{time.time():.2f}"
+    run_dir = Path(args.runs_dir) / f"{args.env}__{args.algo}__{args.seed}__{time.time():.2f}".replace(":", "_")
     run_dir.mkdir(parents=True)
     writer, log = SummaryWriter(run_dir), open(run_dir / "metrics.csv", "w", newline="")
 
-    T, E, (N, D) = args.num_steps, args.num_envs, envs.single_observation_space.shape
-    next_obs, _ = envs.reset(seed=args.seed)
-    obs = torch.zeros(T, E, N, D, device=device)
-    final_obs = torch.zeros_like(obs)
-    actions = torch.zeros(T, *envs.action_space.shape, device=device, dtype=torch.float if guider.continuous else torch.long)
-    logprobs, values = torch.zeros(2, T, E, N, device=device)
-    rewards, episode_returns = torch.zeros(2, T, E, device=device)
-    terminations, truncations = torch.zeros(2, T, E, dtype=torch.bool, device=device)
-    base = learner.params(obs).detach() if args.residual else None  # (T, E, N, A), the learners' logits in the rollout
-    returns_so_far = torch.zeros(E, device=device)
-
+    T, E = args.num_steps, args.num_envs
+    obs, infos = envs.reset(seed=args.seed)
+    memories = empty_memories(args, envs, device)
+    starts, returns_so_far = memories[0][1], torch.zeros(E, device=device)  # starts: an episode starts with obs
+    guider_inputs, critic_inputs = ("base", "action_mask", "active", "state"), ("active", "state")
     start, start_cpu, rows = time.time(), time.process_time(), []
     num_iterations = args.total_timesteps // (T * E)
     if num_iterations * T * E < args.total_timesteps:
         print(f"total_timesteps is cut to {num_iterations * T * E}, a multiple of num_envs x num_steps.")
-    if args.algo == "ctds" or args.backtracking == "reset":
-        print("ctds and reset set delta = inf and lambda = 0, whatever was given.")
+    if args.algo != "magpo" or args.backtracking == "reset":
+        print("mappo, ctds and reset have no lambda, and ctds and reset no delta: what was given does not count.")
+    print(envs.note, end="\n" if envs.note else "")
     for iteration in (progress := tqdm(range(1, num_iterations + 1), unit_scale=T * E, unit="step")):
-        remaining = 1 - (iteration - 1) / num_iterations
-        ent_coef = args.ent_coef * (remaining if args.anneal_ent else 1.0)
-        for group in guider_optimizer.param_groups + learner_optimizer.param_groups:
-            group["lr"] = args.learning_rate * (remaining if args.anneal_lr else 1.0)
+        remaining = 1 - (iteration - 1) / num_iterations if args.anneal_lr else 1.0
+        optimizer.param_groups[0]["lr"] = args.learning_rate * remaining
         if args.backtracking == "reset":
             # Step 4 of the iteration before, to the letter: a correction of zero is mu = pi
             nn.init.zeros_(guider.policy_head.weight), nn.init.zeros_(guider.policy_head.bias)
 
         # Step 1, data collection: roll out the guider mu
+        steps, first_hidden = [], [hidden for hidden, _ in memories]
         with torch.no_grad():
-            for t in range(T):
-                obs[t] = next_obs
-                if args.residual:
-                    base[t] = learner.params(next_obs)
+            for _ in range(T):
+                step = dict(obs=obs, starts=starts) | pick(infos, *guider_inputs)
+                memories[0][1] = memories[1][1] = starts
+                if args.residual or args.recurrent or args.algo == "mappo":  # the learners' memory goes on, whoever acts
+                    params = learner.params(obs, memories[1])
+                    step |= dict(base=params) if args.residual else {}
                 if args.algo == "mappo":
-                    pi = learner(next_obs)
-                    actions[t] = pi.sample()
-                    logprobs[t], values[t] = pi.log_prob(actions[t]), guider.encode(next_obs)[1]
+                    pi = distribution(params, learner.continuous, step.get("action_mask"))
+                    actions, values = pi.sample(), guider.encode(obs, **pick(step, *critic_inputs), memory=memories[0])[1]
+                    logprobs = pi.log_prob(actions)
                 else:
-                    actions[t], logprobs[t], values[t] = guider.act(next_obs, base[t] if args.residual else None)
-                next_obs, rewards[t], terminations[t], truncations[t], infos = envs.step(actions[t])
-                final_obs[t] = infos["final_obs"]
-                returns_so_far += rewards[t]
-                episode_returns[t] = returns_so_far
-                returns_so_far *= ~(terminations[t] | truncations[t])
+                    actions, logprobs, values = guider.act(obs, **pick(step, *guider_inputs), memory=memories[0])
+                obs, rewards, terminations, truncations, infos = envs.step(actions)
+                starts = terminations | truncations
+                returns_so_far = returns_so_far + rewards
+                step |= dict(actions=actions, logprobs=logprobs, values=values, hidden=memories[0][0], rewards=rewards)
+                step |= dict(terminations=terminations, truncations=truncations, episode_returns=returns_so_far)
+                steps.append(step | pick(infos, "final_obs", "final_active", "final_state"))
+                returns_so_far = returns_so_far * ~starts
+            buffer = {name: torch.stack([step[name] for step in steps]) for name in steps[0]}  # each (T, E, ...)
 
             mean, std = value_norm.stats()
-            values = values * std + mean
-            next_values = torch.cat([values[1:], guider.encode(next_obs)[1][None] * std + mean])  # (T, E, N)
+            values = buffer["values"] * std + mean  # (T, E, N)
+            after = guider.encode(obs, **pick(infos, *critic_inputs), memory=[memories[0][0], starts])[1] * std + mean
+            next_values = torch.cat([values[1:], after[None]])
+            terminations, truncations = buffer["terminations"], buffer["truncations"]
             if truncations.any():  # the values just taken belong to the next episode: take the last observation's
-                next_values[truncations] = guider.encode(final_obs[truncations])[1] * std + mean
-            ended = (terminations[..., None], truncations[..., None])  # (T, E, 1)
-            advantages, returns = compute_gae(rewards[..., None], values, next_values, *ended, args.gamma, args.gae_lambda)
-            explained_variance = 1 - (returns - values).var() / returns.var().clamp(min=1e-8)
-            value_norm.update(returns)
+                last = pick(buffer, "final_obs", "final_active", "final_state").items()
+                last = {name.removeprefix("final_"): x[truncations] for name, x in last}
+                goes_on = [buffer["hidden"][truncations], terminations[truncations]]
+                next_values[truncations] = guider.encode(**last, memory=goes_on)[1] * std + mean
+            rewards, *ended = (buffer[name][..., None] for name in ("rewards", "terminations", "truncations"))  # (T, E, 1)
+            advantages, returns = compute_gae(rewards, values, next_values, *ended, args.gamma, args.gae_lambda)
+            live = buffer.get("active", ...)  # agents that have left do not count
+            explained_variance = 1 - (returns - values)[live].var() / returns[live].var().clamp(min=1e-8)
+            value_norm.update(returns[live])
             mean, std = value_norm.stats()
-            returns = (returns - mean) / std
-            advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+            buffer["returns"] = (returns - mean) / std
+            buffer["advantages"] = (advantages - advantages[live].mean()) / (advantages[live].std() + 1e-8)
 
-        # Any step of any environment may share a minibatch: of whole episodes fewer samples would be independent
-        batch = [x.flatten(0, 1) for x in (obs, actions, logprobs, advantages, returns) + ((base,) if args.residual else ())]
+        # Any step of any environment may share a minibatch, as (1, batch, ...); with memory, whole sequences (T, batch, ...)
+        batch = pick(buffer, "obs", "starts", "actions", "logprobs", "advantages", "returns", *guider_inputs)
+        batch = {name: x if args.recurrent else x.flatten(0, 1)[None] for name, x in batch.items()}
         losses = []
         for _ in range(args.update_epochs):
-            for b in torch.randperm(T * E, device=device).chunk(args.num_minibatches):
-                b_obs, b_actions, b_logprobs, b_advantages, b_returns, *b_base = (x[b] for x in batch)  # (batch, N, ...)
+            for index in torch.randperm(batch["obs"].shape[1], device=device).chunk(args.num_minibatches):
+                b = {name: x[:, index] for name, x in batch.items()}
+                past = [[hidden[index], b["starts"]] if args.recurrent else None for hidden in first_hidden]
+                live = b.get("active", ...)
                 # Both losses are computed at the same parameters, then both networks step; neither loss moves the other's
-                pi = learner(b_obs)
-                pi_logprobs = pi.log_prob(b_actions)  # (batch, N)
-                if args.algo == "mappo":  # no guider policy: PPO on the learners, with the guider's critic
-                    new_values = guider.encode(b_obs)[1]
-                    loss_mu = mask = clipped = kl = torch.zeros((), device=device)
-                    entropy = pi.entropy().mean()
-                    loss_pi = learner_loss(pi_logprobs, b_logprobs, b_advantages, kl, args.clip_coef, 1.0) - ent_coef * entropy
+                pi = learner(b["obs"], b.get("action_mask"), past[1])
+                if args.algo == "mappo":  # the learners are the guider, and Eq. 9 is PPO
+                    mu, new_values = pi, guider.encode(b["obs"], **pick(b, *critic_inputs), memory=past[0])[1]
                 else:
-                    mu, new_values = guider(b_obs, b_actions, *b_base)
-                    mu_logprobs, entropy = mu.log_prob(b_actions), mu.entropy().mean()
+                    mu, new_values = guider(b["obs"], b["actions"], **pick(b, *guider_inputs), memory=past[0])
+                mu_logprobs, pi_logprobs = mu.log_prob(b["actions"]), pi.log_prob(b["actions"])  # (., batch, N)
 
-                    # Step 2, guider update (Eq. 9); its bound delta is at the same time step 4, the backtracking, in practice
-                    kl = kl_divergence(mu, detached(pi))
-                    loss_mu, mask, clipped = guider_loss(
-                        mu_logprobs, pi_logprobs, b_logprobs, b_advantages, kl, args.clip_coef, args.delta
-                    )
-                    loss_mu = loss_mu - ent_coef * entropy
+                # Step 2, guider update (Eq. 9); its bound delta is at the same time step 4, the backtracking, in practice
+                kl = kl_divergence(mu, detached(pi))
+                eq9 = mu_logprobs, pi_logprobs, b["logprobs"], b["advantages"], kl
+                loss_mu, mask, clipped = guider_loss(*(x[live] for x in eq9), args.clip_coef, args.delta)
+                entropy = mu.entropy()[live].mean()
+                loss_v = 0.5 * (new_values - b["returns"])[live].square().mean()
 
-                    # Step 3, learner update (Eq. 10)
-                    kl = kl_divergence(detached(mu), pi)
-                    loss_pi = learner_loss(pi_logprobs, b_logprobs, b_advantages, kl, args.clip_coef, args.lam)
+                # Step 3, learner update (Eq. 10)
+                kl = kl_divergence(detached(mu), pi)
+                eq10 = pi_logprobs, b["logprobs"], b["advantages"], kl
+                loss_pi = learner_loss(*(x[live] for x in eq10), args.clip_coef, args.lam)
 
-                loss_v = 0.5 * (new_values - b_returns).square().mean()
-                guider_optimizer.zero_grad(), learner_optimizer.zero_grad()
-                (loss_mu + args.vf_coef * loss_v + loss_pi).backward()
+                optimizer.zero_grad()
+                (loss_mu - args.ent_coef * remaining * entropy + args.vf_coef * loss_v + loss_pi).backward()
                 norms = [nn.utils.clip_grad_norm_(net.parameters(), args.max_grad_norm) for net in (guider, learner)]
-                guider_optimizer.step(), learner_optimizer.step()
-                losses.append(torch.stack([loss_mu, loss_pi, loss_v, kl.mean(), entropy, mask, clipped, *norms]).detach())
+                optimizer.step()
+                losses.append(torch.stack([loss_mu, loss_pi, loss_v, kl[live].mean(), entropy, mask, clipped, *norms]).detach())
 
-        ended = terminations | truncations
         names = "guider_loss learner_loss value_loss kl entropy mask_frac clip_frac guider_grad_norm learner_grad_norm".split()
         row = dict(step=iteration * T * E, seconds=time.time() - start, cpu_seconds=time.process_time() - start_cpu)
-        row |= dict(guider_return=episode_returns[ended].mean().item(), learner_return=math.nan)  # nan: no episode ended
+        finished = buffer["episode_returns"][terminations | truncations]
+        row |= dict(guider_return=finished.mean().item(), learner_return=math.nan)  # nan: no episode ended
+        row |= dict(zip(names, torch.stack(losses).mean(0).tolist()), explained_variance=explained_variance.item())
         if iteration % args.eval_every == 0 or iteration in (1, num_iterations):
             row["learner_return"] = evaluate(args, guider, learner, "learner", args.num_envs, args.seed + 1).mean().item()
             progress.set_postfix(guider=f"{row['guider_return']:.2f}", learners=f"{row['learner_return']:.2f}")
-        row |= dict(zip(names, torch.stack(losses).mean(0).tolist()), explained_variance=explained_variance.item())
         rows.append(row)
-        if iteration == 1:
-            table = csv.DictWriter(log, row.keys())
-            table.writeheader()
+        table = csv.DictWriter(log, row.keys())
+        table.writeheader() if iteration == 1 else None
         table.writerow(row), log.flush()
         for name, value in row.items():
             writer.add_scalar(name, value, row["step"])
 
     torch.save(dict(args=asdict(args), guider=guider.state_dict(), learner=learner.state_dict()), run_dir / "checkpoint.pt")
+    axes = (figure := Figure()).subplots()
+    for name in ("guider_return", "learner_return"):
+        points = [(row["step"], row[name]) for row in rows if not math.isnan(row[name])]
+        axes.plot(*zip(*points), label=name.replace("_", " "))
+    axes.set(xlabel="environment steps", ylabel="mean team return", title=run_dir.name), axes.legend()
+    figure.savefig(run_dir / "curve.png", dpi=120)
     print_table(args, guider, learner, envs.references)
-    draw_curve(run_dir / "curve.png", args, rows)
-    log.close(), writer.close()
+    log.close(), writer.close(), envs.close()
     print(f"Everything is in {run_dir}")
     return run_dir
 
 
 @torch.no_grad()
 def evaluate(args, guider, learner, policy, episodes, seed):
-    """Team return of `episodes` fresh episodes -> (episodes,) tensor. Does not disturb the random numbers of training.
+    """Team returns (episodes,) of fresh episodes, rounded up so that every copy plays equally many (else short ones win).
 
-    Args:
-        policy: "guider" (sampled), "learner" (sampled) or "learner_greedy"; learners act from their own observations alone.
-        seed: of environments and sampling.
+    policy: "guider" (sampled), "learner" (sampled) or "learner_greedy"; learners act from their own observations alone.
+    seed: of environments and sampling; the random numbers of training are not disturbed.
     """
     device = next(learner.parameters()).device
-    envs = make(args.env, episodes, device)
-    total, running = torch.zeros(episodes, device=device), torch.ones(episodes, device=device)
+    copies = min(episodes, args.num_envs)
+    envs, rounds = make_envs(args, copies, device), -(-episodes // copies)
+    done, copy = torch.zeros(copies, dtype=torch.long, device=device), torch.arange(copies, device=device)
+    total = torch.zeros(rounds + 1, copies, device=device)  # the last row takes what comes after a copy's last episode
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        obs, _ = envs.reset(seed=seed)
-        while running.any():
+        obs, infos = envs.reset(seed=seed)
+        memories = empty_memories(args, envs, device)
+        while (done < rounds).any():
+            params = learner.params(obs, memories[1])
             if policy == "guider":
-                actions = guider.act(obs, learner.params(obs) if args.residual else None)[0]
+                inputs = pick(infos, "action_mask", "active", "state") | (dict(base=params) if args.residual else {})
+                actions = guider.act(obs, **inputs, memory=memories[0])[0]
             else:
-                actions = learner(obs).sample() if policy == "learner" else learner(obs).mode
-            obs, rewards, terminations, truncations, _ = envs.step(actions)
-            total += running * rewards
-            running *= ~(terminations | truncations)
-    return total
+                pi = distribution(params, learner.continuous, infos.get("action_mask"))
+                actions = pi.sample() if policy == "learner" else pi.mode
+            obs, rewards, terminations, truncations, infos = envs.step(actions)
+            total[done, copy] += rewards
+            done = (done + (terminations | truncations)).clamp(max=rounds)
+            memories[0][1] = memories[1][1] = terminations | truncations
+    envs.close()
+    return total[:-1].flatten()
 
 
 def print_table(args, guider, learner, references):
     """Print mean team return and 95 % confidence interval of guider and learners, beside the environment's references."""
     print(f"{args.env}, {args.algo}, seed {args.seed}: mean team return over {args.eval_episodes} episodes")
-    for policy in ("learner", "learner_greedy", "guider"):
-        if policy != "guider" or args.algo != "mappo":
-            total = evaluate(args, guider, learner, policy, args.eval_episodes, args.seed + 2)
-            print(f"  {policy:22s} {total.mean():9.2f} +- {1.96 * total.std() / math.sqrt(len(total)):.2f}")
+    for policy in ("learner", "learner_greedy") + ("guider",) * (args.algo != "mappo"):
+        total = evaluate(args, guider, learner, policy, args.eval_episodes, args.seed + 2)
+        print(f"  {policy:22s} {total.mean():9.2f} +- {1.96 * total.std() / math.sqrt(len(total)):.2f}")
     for name, score in references.items():
         print(f"  {f'({name})':22s} {score:9.2f}")
-
-
-def draw_curve(path, args, rows):
-    """Draw both returns over the environment steps."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
-    for name in ("guider_return", "learner_return"):
-        points = [(row["step"], row[name]) for row in rows if not math.isnan(row[name])]
-        plt.plot(*zip(*points), label=name.replace("_", " "))
-    plt.xlabel("environment steps"), plt.ylabel("mean team return"), plt.title(f"{args.env}, {args.algo}, seed {args.seed}")
-    plt.legend(), plt.savefig(path, dpi=120), plt.close()
 
 
 def load(path):
     """Read a checkpoint -> Args, Guider, Learner (on the CPU)."""
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     args = Args(**checkpoint["args"])
-    guider, learner = build(args, make(args.env, 1))
+    guider, learner = build(args, make_envs(args, 1))
     guider.load_state_dict(checkpoint["guider"]), learner.load_state_dict(checkpoint["learner"])
     return args, guider, learner
 
 
 def main():
     """The command line: options as in Args; wrong ones end in one sentence and exit code 2."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--env", default=Args.env)
-    args = tyro.cli(Args, default=Args(env=first.parse_known_args()[0].env))  # so that --help shows the preset too
+    env = re.search(r"--env[ =](\S+)", " ".join(sys.argv))
+    args = tyro.cli(Args, default=Args(env=env[1] if env else Args.env))  # so that --help shows the preset, too
     try:
         validate(args)
     except ValueError as error:

@@ -7,15 +7,20 @@ expectations over all joint actions.
 import csv
 import itertools
 import math
+import random
 import re
 import shlex
 import subprocess
 import sys
+import types
 from pathlib import Path
 
+import gymnasium
 import numpy as np
 import pytest
 import torch
+from gymnasium import spaces
+from pettingzoo import ParallelEnv
 
 import envs
 import magpo
@@ -25,11 +30,11 @@ HERE = Path(__file__).parent
 torch.set_num_threads(1)
 
 
-def networks(num_agents=4, obs_dim=6, action_dim=5, continuous=False, seed=0, dtype=torch.float64):
+def networks(num_agents=4, obs_dim=6, action_dim=5, continuous=False, seed=0, dtype=torch.float64, recurrent=False, state_dim=0):
     """A guider and a learner whose outputs are far from uniform, so that every dependence shows."""
     torch.manual_seed(seed)
-    guider = magpo.Guider(num_agents, obs_dim, action_dim, continuous, dim=16, num_heads=2).to(dtype)
-    learner = magpo.Learner(num_agents, obs_dim, action_dim, continuous, dim=16).to(dtype)
+    guider = magpo.Guider(num_agents, obs_dim, action_dim, continuous, 16, recurrent, state_dim).to(dtype)
+    learner = magpo.Learner(num_agents, obs_dim, action_dim, continuous, 16, recurrent).to(dtype)
     for network in (guider, learner):
         torch.nn.init.normal_(network.policy_head.weight, std=0.5)
         torch.nn.init.normal_(network.features.agent_id)
@@ -127,6 +132,86 @@ def test_learners_know_who_they_are():
     _, learner = networks()
     logits = learner(torch.ones(4, 6, dtype=torch.float64)).logits
     assert (logits[0] - logits[1:]).abs().amax(-1).min() > 1e-3
+
+
+def test_memory_over_a_rollout_equals_step_by_step():
+    """One pass over sequences with episode starts inside is the same as acting step by step, for both networks."""
+    guider, learner = networks(recurrent=True)
+    T, B, N = 7, 5, 4
+    obs, starts = torch.randn(T, B, N, 6, dtype=torch.float64), torch.rand(T, B) < 0.3
+    hidden, actions = torch.randn(B, N, 16, dtype=torch.float64), torch.randint(5, (T, B, N))
+    for call in (lambda x, a, memory: learner(x, memory=memory).logits, lambda x, a, memory: guider(x, a, memory=memory)[0].logits):
+        unrolled, memory = [hidden, starts], [hidden, None]
+        expected = call(obs, actions, unrolled)
+        for t in range(T):
+            memory[1] = starts[t]
+            torch.testing.assert_close(call(obs[t], actions[t], memory), expected[t], rtol=0, atol=1e-12)
+        torch.testing.assert_close(memory[0], unrolled[0], rtol=0, atol=1e-12)
+
+
+def test_memory_ends_with_the_episode():
+    _, learner = networks(recurrent=True)
+    obs, hidden = torch.randn(6, 1, 4, 6, dtype=torch.float64), torch.randn(1, 4, 16, dtype=torch.float64)
+    starts = torch.tensor([0, 0, 0, 1, 0, 0]).bool()[:, None]
+    changed = obs.clone()
+    changed[2] += 1
+    logits, moved = (learner(x, memory=[hidden, starts]).logits for x in (obs, changed))
+    assert torch.equal(logits[3:], moved[3:]) and not torch.equal(logits[2], moved[2])
+    changed = obs.clone()
+    changed[3] += 1
+    assert (learner(changed, memory=[hidden, starts]).logits[5] - logits[5]).abs().max() > 1e-6  # it remembers within
+
+
+def test_forbidden_actions_are_never_taken():
+    guider, learner = networks()
+    obs, mask = torch.randn(500, 4, 6, dtype=torch.float64), torch.rand(500, 4, 5) < 0.5
+    mask[..., 2] = True
+    actions, logprobs, _ = guider.act(obs, action_mask=mask)
+    assert mask.gather(-1, actions[..., None]).all()
+    mu, pi = guider(obs, actions, action_mask=mask)[0], learner(obs, mask)
+    torch.testing.assert_close(mu.log_prob(actions), logprobs, rtol=0, atol=1e-12)
+    for policy in (mu, pi):
+        assert (policy.probs[~mask] == 0).all()
+        allowed = torch.where(mask, policy.probs, 0).sum(-1)
+        torch.testing.assert_close(allowed, torch.ones_like(allowed))
+    kl = torch.where(mask, mu.probs * (mu.probs.clamp(min=1e-30) / pi.probs.clamp(min=1e-30)).log(), 0).sum(-1)
+    torch.testing.assert_close(magpo.kl_divergence(mu, pi), kl)
+    free = guider(obs, actions)[0].probs * mask
+    torch.testing.assert_close(free / free.sum(-1, keepdim=True), mu.probs)  # the ratios of allowed actions do not change
+
+
+def test_agents_that_left_are_not_attended_to():
+    guider, _ = networks()
+    obs, actions = torch.randn(9, 4, 6, dtype=torch.float64), torch.randint(5, (9, 4))
+    active = torch.tensor([True, False, True, True]).expand(9, 4)
+    changed = obs.clone()
+    changed[:, 1] += 1
+    other = actions.clone()
+    other[:, 0] = (other[:, 0] + 1) % 5
+    (mu, values), (moved, moved_values) = (guider(x, actions, active=active) for x in (obs, changed))
+    here = [0, 2, 3]
+    assert torch.equal(mu.logits[:, here], moved.logits[:, here]) and torch.equal(values[:, here], moved_values[:, here])
+    assert not torch.equal(guider(obs, actions)[0].logits[:, here], mu.logits[:, here])
+    assert not torch.equal(guider(obs, other, active=active)[0].logits[:, 2], mu.logits[:, 2])  # 0's action passes 1 by
+    torch.manual_seed(0)
+    sampled, logprobs, values = guider.act(obs, active=active)
+    mu, parallel = guider(obs, sampled, active=active)
+    torch.testing.assert_close(mu.log_prob(sampled), logprobs, rtol=0, atol=1e-12)
+    torch.testing.assert_close(parallel, values, rtol=0, atol=1e-12)
+    for key in ("logits", "probs"):
+        assert getattr(guider(obs, actions, active=torch.zeros(9, 4).bool())[0], key).isfinite().all()
+
+
+def test_the_global_state_reaches_the_guider_alone():
+    guider, learner = networks(state_dim=3)
+    obs, actions = torch.randn(9, 4, 6, dtype=torch.float64), torch.randint(5, (9, 4))
+    state = torch.randn(9, 3, dtype=torch.float64, requires_grad=True)
+    mu, values = guider(obs, actions, state=state)
+    for output in (mu.logits[:, 0, 0], values[:, 0]):
+        (gradient,) = torch.autograd.grad(output.sum(), state, retain_graph=True)
+        assert (gradient.abs().amax(0) > 0).all()
+    with pytest.raises(TypeError):
+        learner(obs, state=state)
 
 
 def test_policy_of_a_continuous_action_is_the_named_gaussian():
@@ -333,9 +418,9 @@ def test_coordsum_is_the_rules(env_id):
 
 
 def test_matrix_games():
-    for env_id, best, random in (("climbing", 11, -31 / 9), ("penalty", 10, -178 / 9), ("xor", 1, 0.5), ("sum10", 1, 63 / 1000)):
+    for env_id, best, mean in (("climbing", 11, -31 / 9), ("penalty", 10, -178 / 9), ("xor", 1, 0.5), ("sum10", 1, 63 / 1000)):
         env = envs.make(f"matrix_{env_id}", 64)
-        assert env.references == pytest.approx({"best": best, "random": random})
+        assert env.references == pytest.approx({"best": best, "random": mean})
     obs, _ = env.reset(seed=0)
     assert obs.shape == (64, 3, 1)
     actions = torch.randint(10, (64, 3))
@@ -374,6 +459,467 @@ def test_environment_seeds():
         return torch.stack([env.reset(seed=seed)[0]] + [env.step(torch.ones(8, 3, dtype=torch.long))[0] for _ in range(30)])
 
     assert torch.equal(play(1), play(1)) and not torch.equal(play(1), play(2))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Other people's environments: PettingZoo and gymnasium adapters, partial observations
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Fake(ParallelEnv):
+    """Agents count the steps.
+
+    leaves: {agent: (step, "terminated" or "truncated")}. masks: None, "observation", "info" or "nothing allowed".
+    entropy: where a reset has no seed, ask the operating system for one. forgetful: agents are never struck off the list.
+    """
+
+    metadata = {}
+
+    def __init__(self, names="abc", sees=None, acts=None, leaves=None, masks=None, rewards=None, stranger=None, **options):
+        self.possible_agents = list(names)
+        self.sees, self.acts = sees or {}, acts or {}
+        self.leaves, self.masks, self.rewards, self.stranger = leaves or {}, masks, rewards or {}, stranger
+        self.entropy, self.forgetful = options.get("entropy"), options.get("forgetful")
+        self.taken = []
+
+    def observation_space(self, agent):
+        space = self.sees.get(agent, spaces.Box(-np.inf, np.inf, (2,), np.float32))
+        if self.masks != "observation":
+            return space
+        return spaces.Dict({"observation": space, "action_mask": spaces.MultiBinary(int(self.action_space(agent).n))})
+
+    def action_space(self, agent):
+        return self.acts.get(agent, spaces.Discrete(3))
+
+    def look(self, agents):
+        obs, infos = {}, {agent: {} for agent in agents}
+        for agent in agents:
+            space = self.sees.get(agent, spaces.Box(-np.inf, np.inf, (2,), np.float32))
+            obs[agent] = np.full(space.shape, self.time + self.luck, space.dtype)
+            mask = np.arange(int(getattr(self.action_space(agent), "n", 0))) != self.time % 3  # one action is forbidden
+            if self.masks == "observation":
+                obs[agent] = {"observation": obs[agent], "action_mask": mask.astype(np.int8)}
+            if self.masks in ("info", "nothing allowed"):
+                infos[agent]["action_mask"] = mask & (self.masks == "info")
+        return obs, infos
+
+    def reset(self, seed=None, options=None):
+        if seed is not None or self.entropy:
+            self.rng = np.random.default_rng(seed)
+        self.agents, self.time, self.luck = list(self.possible_agents), 0, self.rng.random() if self.entropy else 0.0
+        random.random(), np.random.rand(), torch.rand(1)  # global random numbers that the probe has to put back
+        return self.look(self.agents)
+
+    def step(self, actions):
+        assert actions.keys() == set(self.agents)
+        self.taken.append(actions)
+        self.time += 1
+        before = self.agents
+        flags = [
+            {a: self.leaves.get(a, (20, "truncated")) == (self.time, kind) for a in before}
+            for kind in ("terminated", "truncated")
+        ]
+        self.agents = [agent for agent in before if self.forgetful or not (flags[0][agent] or flags[1][agent])]
+        if self.stranger and self.time == 5:
+            self.agents.append(self.stranger)
+        obs, infos = self.look([agent for agent in before if agent in self.possible_agents])
+        return obs, {agent: self.rewards.get(agent, 1.0) for agent in before}, *flags, infos
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    """A function that makes `pettingzoo:fake` with Fake's options."""
+    module = types.ModuleType("fake")
+    module.parallel_env = Fake
+    monkeypatch.setitem(sys.modules, "fake", module)
+    return lambda num_envs=2, state=False, **kwargs: envs.make("pettingzoo:fake", num_envs, state=state, **kwargs)
+
+
+def copies(env):
+    """The PettingZoo environments behind an adapted one."""
+    return [team.env for team in env.env.envs]
+
+
+def zeros(env):
+    return torch.zeros(env.action_space.shape, dtype=torch.long)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Adapters
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("continuous", [False, True])
+def test_adapted_spread_is_the_batched_one(continuous):
+    env = envs.make("pettingzoo:mpe2.simple_spread_v3", 2, continuous_actions=continuous, max_cycles=6)
+    ours = envs.SimpleSpread(2, continuous=continuous, max_cycles=6, dtype=torch.float64)
+    assert env.single_observation_space == ours.single_observation_space
+    assert env.single_action_space == ours.single_action_space and env.action_space == ours.action_space
+    assert env.observation_space == ours.observation_space
+    assert (env.num_envs, env.references, env.state_dim, ours.note) == (2, {}, 0, "") and "mean over agents" in env.note
+    assert env.metadata["autoreset_mode"] == envs.AutoresetMode.SAME_STEP
+    obs, infos = env.reset(seed=1)
+    ours.reset(seed=1)
+    for step in range(15):
+        if step % 6 == 0:
+            worlds = [copy.unwrapped.world for copy in copies(env)]
+            ours.position = torch.tensor(np.array([[agent.state.p_pos for agent in world.agents] for world in worlds]))
+            ours.landmarks = torch.tensor(np.array([[mark.state.p_pos for mark in world.landmarks] for world in worlds]))
+            ours.velocity = torch.zeros_like(ours.position)
+            torch.testing.assert_close(obs, ours._observe().float(), rtol=0, atol=1e-6)
+        actions = torch.rand(2, 3, 5) * 2 - 0.5 if continuous else torch.randint(5, (2, 3))
+        obs, rewards, terminations, truncations, infos = env.step(actions)
+        expected, team_reward, _, timeouts, batched_infos = ours.step(actions.double() if continuous else actions)
+        torch.testing.assert_close(infos["final_obs"], batched_infos["final_obs"].float(), rtol=0, atol=1e-5)
+        torch.testing.assert_close(rewards, team_reward.float(), rtol=0, atol=1e-5)
+        assert not terminations.any() and torch.equal(truncations, timeouts) and truncations.all() == (step % 6 == 5)
+        assert torch.equal(infos["final_obs"], obs) != truncations.all()
+        assert infos.keys() == {"final_obs", "active", "final_active"}
+        assert infos["active"].all() and infos["final_active"].all() and infos["active"].dtype == torch.bool
+        assert (obs.shape, obs.dtype, rewards.shape, rewards.dtype) == ((2, 3, 18), torch.float32, (2,), torch.float32)
+    with pytest.raises(ValueError, match="shape"):
+        env.step(actions[0])
+
+
+def test_agents_of_different_sizes_are_padded():
+    env = envs.make("pettingzoo:mpe2.simple_speaker_listener_v4", 3)
+    obs, infos = env.reset(seed=0)
+    assert obs.shape == (3, 2, 11) and env.single_action_space == spaces.MultiDiscrete([5, 5])
+    for _ in range(30):
+        assert infos.keys() == {f"{when}{key}" for key in ("obs", "active", "action_mask") for when in ("", "final_")} - {"obs"}
+        assert (obs[:, 0, 3:] == 0).all() and (obs[:, 1] != 0).any() and (infos["final_obs"][:, 0, 3:] == 0).all()
+        assert infos["action_mask"].tolist() == [[[True] * 3 + [False] * 2, [True] * 5]] * 3
+        speaker = [copy.aec_env.observe("speaker_0") for copy in copies(env)]
+        np.testing.assert_allclose(obs[:, 0, :3], speaker)
+        obs, _, _, _, infos = env.step(torch.multinomial(infos["action_mask"].flatten(0, 1).float(), 1).view(3, 2))
+
+
+def test_agents_of_equal_sizes_need_no_mask():
+    env = envs.make("pettingzoo:mpe2.simple_reference_v3", 2)
+    obs, infos = env.reset(seed=0)
+    assert obs.shape == (2, 2, 21) and env.single_action_space == spaces.MultiDiscrete([50, 50])
+    assert "action_mask" not in infos and "action_mask" not in env.step(zeros(env))[4]
+
+
+@pytest.mark.parametrize("masks", ["observation", "info"])
+def test_masks_belong_to_the_returned_observation(fake, masks):
+    env = fake(masks=masks)
+    obs, infos = env.reset(seed=0)
+    for step in range(1, 45):
+        forbidden = int(obs[0, 0, 0]) % 3
+        assert torch.equal(infos["action_mask"], (torch.arange(3) != forbidden).expand(2, 3, 3))
+        obs, _, _, truncations, infos = env.step(torch.full((2, 3), (forbidden + 1) % 3))
+        assert (obs == step % 20).all() and truncations.all() == (step % 20 == 0)
+        last = 20 if truncations.all() else step % 20
+        assert (infos["final_obs"] == last).all()
+        assert torch.equal(infos["final_action_mask"][0, 0], torch.arange(3) != last % 3)
+
+
+def test_agents_leave_early_and_the_rest_time_out(fake):
+    env = fake(
+        leaves={"a": (2, "terminated"), "b": (4, "truncated"), "c": (6, "truncated")},
+        rewards={"a": 3.0, "b": 6.0},
+        masks="info",
+    )
+    _, infos = env.reset(seed=0)
+    assert infos["active"].all()
+    active, paid = {1: "abc", 2: "bc", 3: "bc", 4: "c", 5: "c", 6: "c"}, {1: 10, 2: 10, 3: 7, 4: 7, 5: 1, 6: 1}
+    for step in range(1, 13):
+        time = 1 + (step - 1) % 6
+        obs, rewards, terminations, truncations, infos = env.step(torch.full((2, 3), time % 3))  # of the left: ignored
+        np.testing.assert_allclose(rewards, paid[time] / 3, rtol=1e-6)
+        assert not terminations.any() and truncations.all() == (time == 6)
+        assert infos["final_active"].tolist() == [[name in active[time] for name in "abc"]] * 2
+        assert infos["active"].tolist() == ([[True] * 3] * 2 if time == 6 else infos["final_active"].tolist())
+        left = [i for i, name in enumerate("abc") if name not in active[time]]
+        assert (infos["final_action_mask"][:, left] == torch.tensor([True, False, False])).all()
+        assert infos["final_action_mask"][0, 2].tolist() == [time % 3 != a for a in range(3)]
+        assert (infos["final_obs"][0, 0] == (time if time <= 2 else 0)).all() and (infos["final_obs"][0, 2] == time).all()
+    assert copies(env)[0].taken[3].keys() == set("bc")
+
+
+def test_all_agents_dead_is_a_termination(fake):
+    env = fake(names="ab", leaves={"a": (2, "terminated"), "b": (3, "terminated")})
+    env.reset(seed=0)
+    ends = [env.step(zeros(env))[2:] for _ in range(3)]
+    assert [(over.all().item(), late.any().item()) for over, late, _ in ends] == [(False, False), (False, False), (True, False)]
+    assert not ends[2][2]["final_active"].any() and ends[2][2]["active"].all()
+    assert (ends[2][2]["final_obs"][:, 1] == 3).all()
+
+
+def test_all_tensors_are_on_the_device(fake):
+    env = fake(masks="info", device="meta")  # stands for a GPU
+    obs, infos = env.reset(seed=0)
+    *results, more = env.step(zeros(env))
+    assert {tensor.device.type for tensor in (obs, *infos.values(), *results, *more.values())} == {"meta"}
+
+
+def test_a_team_of_whom_one_ran_out_of_time_is_truncated(fake):
+    env = fake(names="ab", leaves={"a": (2, "truncated"), "b": (3, "terminated")})
+    env.reset(seed=0)
+    ends = [env.step(zeros(env))[2:] for _ in range(3)]
+    assert [(over.any().item(), late.all().item()) for over, late, _ in ends] == [(False, False), (False, False), (False, True)]
+    assert ends[1][2]["active"].tolist() == [[False, True]] * 2 and not ends[2][2]["final_active"].any()
+
+
+def test_an_episode_ends_by_its_flags_too(fake):
+    env = fake(forgetful=True)
+    env.reset(seed=0)
+    for step in range(1, 41):
+        obs, _, _, truncations, infos = env.step(zeros(env))
+        assert truncations.all() == (step % 20 == 0) and (obs == step % 20).all() and infos["active"].all()
+
+
+def test_where_nothing_is_allowed_action_0_is(fake):
+    env = fake(masks="nothing allowed")
+    assert env.reset(seed=0)[1]["action_mask"].tolist() == [[[True, False, False]] * 3] * 2
+
+
+def test_continuous_actions_in_the_unit_box_are_stretched_to_the_space(fake):
+    space = spaces.Box(np.array([[-2.0], [0.0]]), np.array([[3.0], [1.0]]), dtype=np.float64)
+    env = fake(acts=dict.fromkeys("abc", space))
+    assert env.single_action_space.shape == (3, 2) and "action_mask" not in env.reset(seed=0)[1]
+    assert (env.single_action_space.low == 0).all() and (env.single_action_space.high == 1).all()
+    env.step(torch.tensor([[[9.0, -9.0]] * 3, [[0.6, 0.5]] * 3]))
+    taken = [copy.taken[-1]["b"] for copy in copies(env)]
+    assert taken[0].tolist() == [[3], [0]] and taken[1] == pytest.approx(np.array([[1], [0.5]]), abs=1e-6) and taken[0].dtype == np.float64
+
+
+def test_discrete_actions_that_do_not_start_at_zero(fake):
+    env = fake(acts={"b": spaces.Discrete(2, start=5)})
+    _, infos = env.reset(seed=0)
+    assert infos["action_mask"][0].tolist() == [[True] * 3, [True, True, False], [True] * 3]
+    env.step(torch.tensor([[2, 1, 0]] * 2))
+    assert copies(env)[0].taken[-1] == {"a": 2, "b": 6, "c": 0}
+
+
+def test_observations_become_vectors(fake):
+    env = fake(sees={"a": spaces.Box(0, 99, (3, 2)), "b": spaces.Discrete(30), "c": spaces.Box(0, 99, (5,), np.uint8)})
+    env.reset(seed=0)
+    obs = env.step(zeros(env))[0][0]
+    assert obs.shape == (3, 30) and obs[0].tolist() == [1] * 6 + [0] * 24
+    assert obs[1].tolist() == [0, 1] + [0] * 28 and obs[2].tolist() == [1] * 5 + [0] * 25
+
+
+def test_seeds_repeat(fake):
+    def play(env, seed):
+        torch.manual_seed(0)
+        actions = torch.randint(3, (40, *env.action_space.shape))
+        return torch.stack([env.reset(seed=seed)[0]] + [env.step(a)[0] for a in actions])
+
+    for make in (lambda: envs.make("pettingzoo:mpe2.simple_spread_v3", 2), lambda: fake(entropy=True)):
+        env = make()
+        first = play(env, 3)
+        assert torch.equal(play(make(), 3), first) and torch.equal(play(env, 3), first)
+        assert torch.equal(play(env, 4)[0, 0], first[0, 1])  # copy i gets seed + i
+        assert not torch.equal(play(env, None)[0], first[0]) and not torch.equal(play(env, None)[0], play(env, None)[0])
+
+
+def test_worker_processes_change_nothing():
+    env_id = "pettingzoo:mpe2.simple_speaker_listener_v4"
+    pair = [envs.make(env_id, 2, num_workers=workers, state=True, max_cycles=4) for workers in (0, 2)]
+    assert [type(env.env).__name__ for env in pair] == ["SyncVectorEnv", "AsyncVectorEnv"]
+    results = [env.reset(seed=5) for env in pair]
+    for step in range(10):
+        for one, two in zip(*results):
+            assert one.keys() == two.keys() if isinstance(one, dict) else torch.equal(one, two)
+        infos = [result[-1] for result in results]
+        assert all(torch.equal(infos[0][key], infos[1][key]) for key in infos[0])
+        results = [env.step(torch.full((2, 2), step % 3)) for env in pair]
+    assert results[0][3].dtype == torch.bool
+    pair[1].close()
+    with pytest.raises(ValueError, match=r"num_workers must be 0 or num_envs \(2\)"):
+        envs.make(env_id, 2, num_workers=3)
+    with pytest.raises(ValueError, match="leave num_workers at 0"):
+        envs.make("mpe_spread", 2, num_workers=2)
+
+
+def test_state(fake):
+    env = envs.make("pettingzoo:mpe2.simple_spread_v3", 2, state=True, max_cycles=3)
+    obs, infos = env.reset(seed=0)
+    assert env.state_dim == 54 and infos["state"].shape == (2, 54) and infos["state"].dtype == torch.float32
+    for step in range(1, 5):  # mpe2's state is all observations
+        assert torch.equal(infos["state"], obs.flatten(1)) and torch.equal(infos["final_state"], infos["final_obs"].flatten(1))
+        assert torch.equal(infos["state"], infos["final_state"]) == (step != 4)
+        obs, _, _, _, infos = env.step(zeros(env))
+    with pytest.raises(ValueError, match=r"has no state\(\)"):
+        fake(state=True)
+
+
+def test_probing_starts_again_when_an_episode_ends(fake, monkeypatch):
+    seeds, reset = [], Fake.reset
+    monkeypatch.setattr(Fake, "reset", lambda self, seed=None: seeds.append(seed) or reset(self, seed))
+    fake()
+    assert len(seeds) == len(set(seeds)) == 1 + 200 // 20
+
+
+def test_probing_draws_no_global_random_numbers(fake):
+    def numbers():
+        return random.random(), np.random.rand(), torch.rand(1).item()
+
+    def seed():
+        random.seed(1), np.random.seed(1), torch.manual_seed(1)
+
+    seed()
+    expected = numbers()
+    seed()
+    fake()
+    assert numbers() == expected
+    seed()
+    with pytest.raises(ValueError, match="shared goal"):
+        fake(rewards={"a": -1.0})
+    assert numbers() == expected
+
+
+BOX = spaces.Box(0, 1, (2,))
+REFUSED = [
+    ("pettingzoo:mpe2.simple_sprd_v3", {}, "No module named 'mpe2.simple_sprd_v3'.*correct the name, or pip install"),
+    ("pettingzoo:needs_a_library", {}, "needs_a_library: No module named 'a_library'.*pip install"),
+    ("pettingzoo:classic.tictactoe_v3", {}, "no parallel_env.*not in turns"),
+    ("pettingzoo:mpe2.simple_spread_v3", {"agents": 4}, "cannot be made with the options {'agents': 4}"),
+    ("pettingzoo:mpe2.simple_tag_v3", {}, "shared goal"),
+    ("pettingzoo:classic.rps_v2", {}, "shared goal"),
+    ("gym:CartPole-v1", {}, "spaces are Tuples"),
+    ("gym:NoSuchGame-v1", {}, "NoSuchGame"),
+    ("gym:Foraging-8x8-2p-2f-v3", {}, "lbforaging.*pip install"),
+    ("gym:rware-tiny-2ag-v2", {}, "rware.*pip install"),
+    ("pettingzoo:fake", {"acts": {"a": BOX}}, "all Discrete or all Box"),
+    ("pettingzoo:fake", {"acts": {"a": spaces.MultiBinary(2)}}, "all Discrete or all Box"),
+    ("pettingzoo:fake", {"acts": {"a": BOX, "b": BOX, "c": spaces.Box(0, 1, (3,))}}, "several sizes"),
+    ("pettingzoo:fake", {"sees": {"a": spaces.Box(0, 255, (4, 4), np.uint8)}}, "not images"),
+    ("pettingzoo:fake", {"sees": {"a": spaces.Box(0, 1, (4, 4, 3))}}, "not images"),
+    ("pettingzoo:fake", {"sees": {"a": spaces.Dict({"eyes": BOX})}}, "not images or Dicts"),
+    ("pettingzoo:fake", {"stranger": "z"}, "lets in {'z'}"),
+    ("matrix_xor", {"state": True}, "matrix_xor has no state"),
+]
+
+
+@pytest.mark.parametrize("env_id, kwargs, sentence", REFUSED)
+def test_refused_in_one_sentence(env_id, kwargs, sentence, fake, monkeypatch, tmp_path):
+    (tmp_path / "needs_a_library.py").write_text("import a_library")
+    monkeypatch.syspath_prepend(tmp_path)
+    for package in ("lbforaging", "rware"):
+        monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
+    with pytest.raises(ValueError, match=sentence) as error:
+        envs.make(env_id, 2, **kwargs)
+    assert "\n" not in str(error.value) and env_id in str(error.value)
+
+
+class FakeTuple(gymnasium.Env):
+    """Two agents of different sizes; one reward for both, where `shared`."""
+
+    def __init__(self, shared=False):
+        self.observation_space = spaces.Tuple([spaces.Box(-9, 9, (2,)), spaces.Box(-9, 9, (3,))])
+        self.action_space = spaces.Tuple([spaces.Discrete(2), spaces.Discrete(4)])
+        self.shared = shared
+
+    def reset(self, seed=None, options=None):
+        super().reset(seed=seed)
+        self.time = 0
+        return (np.ones(2), self.np_random.random(3)), {}
+
+    def step(self, actions):
+        self.time += 1
+        rewards = float(sum(actions)) if self.shared else [float(action) for action in actions]
+        return (np.full(2, self.time), np.full(3, actions[1])), rewards, self.time == 3, [self.time == 5] * 2, {}
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_tuple_environments(shared, monkeypatch):
+    spec = gymnasium.envs.registration.EnvSpec("FakeTuple-v0", entry_point=FakeTuple)
+    monkeypatch.setitem(gymnasium.registry, "FakeTuple-v0", spec)
+    env = envs.make("gym:FakeTuple-v0", 3, shared=shared)
+    obs, infos = env.reset(seed=0)
+    assert obs.shape == (3, 2, 3) and env.single_action_space == spaces.MultiDiscrete([4, 4]) and (obs[:, 0, 2] == 0).all()
+    assert infos.keys() == {"final_obs", "action_mask", "final_action_mask"}
+    assert infos["action_mask"].tolist() == [[[True, True, False, False], [True] * 4]] * 3
+    for step in range(1, 7):
+        obs, rewards, terminations, truncations, infos = env.step(torch.tensor([[1, 2]] * 3))
+        assert (rewards == (3.0 if shared else 1.5)).all()
+        assert terminations.all() == (step % 3 == 0) and not truncations.any()
+        assert (infos["final_obs"][:, 0, :2] == 1 + (step - 1) % 3).all() and (infos["final_obs"][:, 1] == 2).all()
+        assert "active" not in infos and not env.references and env.note
+    assert torch.equal(env.reset(seed=1)[0][0], env.reset(seed=0)[0][1])
+    with pytest.raises(ValueError, match=r"has no state\(\)"):
+        envs.make("gym:FakeTuple-v0", 3, state=True)
+
+
+@pytest.mark.parametrize(
+    "package, env_id, num_features, num_actions",
+    [
+        ("lbforaging", "gym:Foraging-8x8-2p-2f-coop-v3", 12, 6),
+        ("lbforaging", "gym:Foraging-2s-8x8-2p-2f-coop-v3", 12, 6),
+        ("rware", "gym:rware-tiny-2ag-v2", 71, 5),
+    ],
+)
+def test_foraging_and_warehouse(package, env_id, num_features, num_actions):
+    pytest.importorskip(package)
+
+    def play():
+        env = envs.make(env_id, 2)
+        assert env.single_action_space == spaces.MultiDiscrete([num_actions] * 2)
+        env.action_space.seed(0)
+        steps = [env.reset(seed=1)[0]]
+        for _ in range(60):
+            obs, rewards, _, _, infos = env.step(torch.as_tensor(env.action_space.sample()))
+            assert infos.keys() == {"final_obs"} and rewards.shape == (2,)
+            steps.append(obs)
+        return torch.stack(steps)
+
+    first = play()
+    assert first.shape == (61, 2, 2, num_features) and torch.equal(first, play()) and first.std() > 0
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# SimpleSpread: partial observations, state
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("neighbors, landmarks", [(1, 1), (2, None), (None, 2), (7, 8)])
+def test_partial_spread_is_mpe2(neighbors, landmarks):
+    from mpe2 import simple_spread_v3
+
+    options = dict(num_agent_neighbors=neighbors, num_landmark_neighbors=landmarks)
+    real, rng = simple_spread_v3.parallel_env(N=4, **options), np.random.default_rng(0)
+    for episode in range(2):
+        real.reset(seed=episode)
+        world, scenario = real.unwrapped.world, real.unwrapped.scenario
+        ours = envs.SimpleSpread(1, num_agents=4, dtype=torch.float64, **options)
+        ours.reset(seed=0)
+        ours.position = torch.tensor(np.array([[agent.state.p_pos for agent in world.agents]]))
+        ours.landmarks = torch.tensor(np.array([[landmark.state.p_pos for landmark in world.landmarks]]))
+        for _ in range(25):
+            actions = rng.integers(5, size=4)
+            real.step(dict(zip(real.agents, actions)))
+            infos = ours.step(torch.as_tensor(actions)[None])[4]
+            expected = np.array([scenario.observation(agent, world) for agent in world.agents])
+            assert ours.single_observation_space.shape == expected.shape
+            np.testing.assert_allclose(infos["final_obs"][0], expected, rtol=0, atol=1e-9)
+    with pytest.raises(ValueError, match="at least 1 neighbor"):
+        envs.SimpleSpread(1, num_landmark_neighbors=0)
+
+
+def test_partial_spread_by_name():
+    env = envs.make("mpe_spread_partial", 2)
+    assert env.reset(seed=0)[0].shape == (2, 3, 10) and env.references == {"random": -26.34}
+
+
+def test_state_of_the_batched_spread():
+    env = envs.make("mpe_spread_partial", 2, state=True)
+    assert env.state_dim == 18 and envs.make("mpe_spread", 2).state_dim == envs.make("matrix_xor", 2).state_dim == 0
+    assert "state" not in envs.make("mpe_spread", 2).reset(seed=0)[1]
+
+    def state():
+        return torch.cat([env.position, env.velocity, env.landmarks], -1).view(2, 18)
+
+    _, infos = env.reset(seed=0)
+    assert torch.equal(infos["state"], state()) and torch.equal(infos["final_state"], state())
+    for step in range(1, 26):
+        last = infos["state"]
+        infos = env.step(torch.ones(2, 3, dtype=torch.long))[4]
+        assert torch.equal(infos["state"], state()) and torch.equal(infos["state"], infos["final_state"]) == (step < 25)
+    moved = (infos["final_state"] - last).view(2, 3, 6)
+    assert (moved[..., 4:] == 0).all() and (moved[..., :2] != 0).any() and moved[..., :2].abs().max() < 0.5
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -731,11 +1277,32 @@ def test_seeds_repeat_and_differ(tmp_path):
         assert first == numbers(1, env) and first != numbers(2, env)
 
 
+@pytest.mark.parametrize("recurrent", [False, True])
+def test_the_update_starts_from_ratio_one_in_every_iteration(recurrent, tmp_path):
+    """With one step per iteration the ratio stays 1, so that Eq. 9's loss is minus the mean normalised advantage: zero.
+
+    A hidden state that is not the rollout's would show here from the second iteration on.
+    """
+    once = dict(env="coordsum_3x10", algo="ctds", update_epochs=1, num_minibatches=1, learning_rate=0.02)
+    args = magpo.Args(**QUICK | once, recurrent=recurrent, runs_dir=str(tmp_path))
+    rows = read_metrics(magpo.train(args))
+    assert all(abs(float(row["guider_loss"])) < 1e-5 and row["clip_frac"] == "0.0" for row in rows)
+    assert float(rows[-1]["kl"]) > 2 * float(rows[0]["kl"])  # while the networks did move
+
+
+def test_evaluation_plays_equally_many_episodes_in_every_copy():
+    args = magpo.Args(env="coordsum_3x10", num_envs=6)
+    guider, learner = magpo.build(args, envs.make(args.env, 1))
+    few, many = (magpo.evaluate(args, guider, learner, "learner", episodes, 5) for episodes in (6, 13))
+    assert few.shape == (6,) and many.shape == (18,) and torch.equal(many[:6], few)
+
+
 def test_presets_yield_to_the_user():
-    preset = magpo.PRESETS["mpe"]
-    assert magpo.Args(env="mpe_spread").gamma == preset["gamma"] != magpo.Args.gamma
-    assert magpo.Args(env="mpe_spread", gamma=magpo.Args.gamma).gamma == magpo.Args.gamma
-    assert magpo.PRESETS.keys() == {name.split("_")[0] for name in envs.ENVS}
+    preset = magpo.PRESETS["coordsum"]
+    assert magpo.Args(env="coordsum_3x10").gamma == preset["gamma"] != magpo.Args.gamma
+    assert magpo.Args(env="coordsum_3x10", gamma=magpo.Args.gamma).gamma == magpo.Args.gamma
+    assert magpo.PRESETS.keys() == {name.split("_")[0] for name in envs.ENVS} | {"pettingzoo", "gym"}
+    assert magpo.Args(env="pettingzoo:mpe2.simple_spread_v3").num_envs == magpo.PRESETS["pettingzoo"]["num_envs"]
 
 
 def product_policy(learner):
@@ -810,16 +1377,17 @@ def test_learners_score_the_same_on_mpe2(tmp_path):
 
 WRONG = {
     "--env mpe_sprad": "There is no environment 'mpe_sprad'; choose one of matrix_climbing,",
-    "--num-envs 10 --num-minibatches 7": "num_envs x num_steps must be a multiple of num_minibatches (7).",
-    "--embed-dim 10 --num-heads 4": "embed_dim (10) must be a multiple of num_heads (4).",
+    "--num-envs 10 --num-minibatches 7": "num_minibatches must divide num_envs x num_steps, or num_envs with memory: 250.",
+    "--recurrent --num-envs 10 --num-minibatches 4": "num_minibatches must divide num_envs x num_steps, or num_envs with memory: 10.",
+    "--embed-dim 0": "embed_dim must be above 0",
     "--delta 1.0": "delta must be above 1",
-    "--delta nan": "delta must be above 1",
+    "--delta nan": "delta must be above 0",
     "--lam -1": "lam must not be negative",
     "--ent-coef -0.1": "ent_coef must not be negative",
     "--learning-rate 0": "learning_rate must be above 0",
-    "--gamma 1.5": "gamma must lie in [0, 1]",
-    "--total-timesteps 10": "total_timesteps (10) is below one rollout",
-    "--seed -1": "seed must lie in [0, 2**32)",
+    "--gamma 1.5": "gamma and gae_lambda must lie in [0, 1]",
+    "--total-timesteps 10": "total_timesteps is below one rollout",
+    "--seed -1": "seed must not be negative",
     "--algo mappo --residual": "mappo has no guider policy",
     "--num-steps 0": "num_steps must be above 0",
 }
