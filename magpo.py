@@ -45,7 +45,7 @@ Distribution.set_default_validate_args(False)  # validation reads values back fr
 
 PRESETS = {  # by the environment's family, the first word of its name
     "mpe": dict(total_timesteps=1_600_000),
-    "coordsum": dict(total_timesteps=480_000, learning_rate=2e-3, gamma=0.9, delta=1.3, lam=2.0, embed_dim=32),
+    "coordsum": dict(total_timesteps=320_000, learning_rate=2e-3, gamma=0.0, delta=1.3, lam=2.0, embed_dim=32),
     "matrix": dict(total_timesteps=40_960, num_steps=8, num_minibatches=2, update_epochs=4, learning_rate=4e-3, gamma=0.0,
                    max_grad_norm=0.5, delta=1.3, embed_dim=32, hidden_dim=64),
     "pettingzoo": dict(num_envs=8, num_minibatches=4, eval_every=50, eval_episodes=256),

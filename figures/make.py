@@ -45,11 +45,11 @@ EXPERIMENTS = {
     "sum10": grid((1, 2, 3, 4, 5), env="matrix_sum10", algo=ALGOS),
     "matrix": grid((1, 2, 3, 4, 5), env=("matrix_climbing", "matrix_penalty", "matrix_xor", "matrix_sum10")),
     "delta_matrix": grid((1, 2, 3, 4, 5), env=("matrix_climbing", "matrix_sum10"), delta=DELTAS),
-    "delta_coordsum": grid((1, 2, 3), env="coordsum_3x10", delta=DELTAS, total_timesteps=400_000),
+    "delta_coordsum": grid((1, 2), env="coordsum_3x10", delta=DELTAS, total_timesteps=240_000),
     "delta_lambda": grid((1, 2, 3), env="matrix_sum10", delta=(1.05, 1.2, 1.5, 2.0, math.inf), lam=(0.0, 0.5, 2.0, 8.0)),
-    "backtracking": grid((1, 2, 3), env="coordsum_3x10", backtracking=("soft", "reset"), residual=(False, True), total_timesteps=400_000)
+    "backtracking": grid((1, 2, 3), env="coordsum_3x10", backtracking=("soft", "reset"), residual=(False, True), total_timesteps=240_000)
     + grid((1,), env="mpe_spread", backtracking=("soft", "reset"), residual=(False, True), total_timesteps=800_000),
-    "tuning": grid((11,), env="coordsum_3x10", algo=ALGOS, ent_coef=(0.003, 0.01, 0.03), learning_rate=(1e-3, 2e-3, 4e-3), total_timesteps=400_000),
+    "tuning": grid((11,), env="coordsum_3x10", algo=ALGOS, ent_coef=(0.01, 0.03), learning_rate=(1e-3, 2e-3, 4e-3), total_timesteps=240_000),
 }
 EXPERIMENTS["backtracking"] = [run for run in EXPERIMENTS["backtracking"] if run["residual"] or run["backtracking"] == "soft"]
 
