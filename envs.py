@@ -513,7 +513,9 @@ class AdaptedEnv(VectorWrapper):
         self.single_observation_space = self.env.single_observation_space["obs"]
 
     def reset(self, *, seed=None, options=None):
-        """Start E new episodes -> observations (E, N, D), infos. Copy i gets seed + i; without a seed the generators go on."""
+        """Start E new episodes -> observations (E, N, D), infos. Without a seed the generators go on."""
+        if seed is not None:  # gymnasium's own seed + i would let runs with neighbouring seeds share most of their copies
+            seed = [int(word) for word in np.random.SeedSequence(seed).generate_state(self.num_envs)]
         arrays, _ = self.env.reset(seed=seed, options=options)
         return self._tensors(arrays, arrays)
 

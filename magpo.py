@@ -63,7 +63,7 @@ class Args:
     algo: Literal["magpo", "mappo", "ctds"] = "magpo"  # mappo: PPO on the learners; ctds: a teacher that does not wait for them
     seed: int = 1  # seed of everything random, environments included
     cuda: bool = False  # train on the GPU, if there is one
-    torch_deterministic: bool = True  # let PyTorch use deterministic algorithms only
+    torch_deterministic: bool = True  # PyTorch's deterministic algorithms; a warning where there is none
     torch_threads: int = 1  # CPU threads of PyTorch; on networks this small a second one costs more than it gains
     runs_dir: str = "runs"  # folder that receives this run's folder
 
@@ -74,17 +74,17 @@ class Args:
     anneal_lr: bool = True  # lower the learning rate and the entropy bonus linearly to zero
     gamma: float = 0.95  # discount factor
     gae_lambda: float = 0.9  # lambda of generalized advantage estimation (not the paper's lambda)
-    num_minibatches: int = 16  # minibatches per epoch, drawn from all T x E steps
+    num_minibatches: int = 16  # minibatches per epoch, of single steps; with memory, of whole sequences
     update_epochs: int = 3  # passes over each rollout
     clip_coef: float = 0.2  # epsilon of Eq. 9 and 10: the importance ratio's clip
-    ent_coef: float = 0.01  # c_ent of Eq. 9: the guider's entropy bonus
+    ent_coef: float = 0.01  # c_ent of Eq. 9: the guider's entropy bonus at the start
     vf_coef: float = 0.5  # c_v of Eq. 9: the value loss's weight
     max_grad_norm: float = 1.0  # gradient norm at which guider and learners are clipped, each for itself
 
     delta: float = 2.0  # delta of Eq. 9, above 1: the guider keeps mu/pi within [1/delta, delta]; inf for no bound
     lam: float = 1.0  # lambda of Eq. 10: weight of the learners' own RL loss
-    backtracking: Literal["soft", "reset"] = "soft"  # step 4: Eq. 9's bound, or mu = pi each iteration (Section 4)
-    residual: bool = False  # the guider's logits are the learners' (in the rollout) plus a learned correction; reset implies it
+    backtracking: Literal["soft", "reset"] = "soft"  # step 4: Eq. 9's bound, or mu := pi in each iteration
+    residual: bool = False  # mu's logits are pi's, as of the rollout, plus a learned correction; implied by reset
     recurrent: bool = False  # give the learners and the guider a memory, a GRU over time
     state: bool = False  # show the environment's global state to the guider, and to it alone
     embed_dim: int = 48  # width of the guider
@@ -116,7 +116,7 @@ def validate(args):
     for good, message in (
         (max(args.gamma, args.gae_lambda) <= 1, "gamma and gae_lambda must lie in [0, 1]."),
         (args.delta > 1, f"delta must be above 1 (the guider's distance from the learners), but is {args.delta}."),
-        (samples % args.num_minibatches == 0, f"num_minibatches must divide num_envs x num_steps, or num_envs with memory: {samples}."),
+        (samples % args.num_minibatches == 0, "num_minibatches must divide num_envs x num_steps, or num_envs if recurrent."),
         (args.seed < 2**32, f"seed must lie in [0, 2**32), but is {args.seed}."),
         (not (args.algo == "mappo" and args.residual), "mappo has no guider policy, so it knows neither residual nor reset."),
         (args.num_workers in (0, args.num_envs), "num_workers must be 0 or num_envs: gymnasium runs one process per copy."),
@@ -193,7 +193,7 @@ class Block(nn.Module):
     def forward(self, x, active=None, causal=False, cache=None):
         """x (..., N, C) -> (..., N, C). causal: agent j attends to agents 1..j only.
 
-        active: (..., N) bool, agents that others attend to; None for all.
+        active: (..., N) bool, agents that others attend to (the encoder's); None for all.
         cache: a list that holds keys and values of the agents before; x is then the next agent alone, and is added to it.
         """
         q, k, v = self.qkv(x).view(-1, 1, x.shape[-2], 3 * x.shape[-1]).chunk(3, -1)  # each (batch, 1 head, N, C)
@@ -246,6 +246,7 @@ class Guider(nn.Module):
         encoded, values = self.encode(obs, active, state, memory)
         before = self.action_in(actions)[..., :-1, :]  # (..., N - 1, C): agent j sees actions 1..j-1
         before = torch.cat([self.start.expand(*before.shape[:-2], 1, -1), before], -2)  # (..., N, C)
+        # All tokens are attended to, since j's also carries the action of j-1, who may still be there when j has left
         return self.policy(encoded + before, base, action_mask, causal=True), values
 
     @torch.no_grad()
@@ -264,7 +265,7 @@ class Guider(nn.Module):
 
 
 class Learner(nn.Module):
-    """Decentralized policies pi(a|o) = prod_i pi(a^i | o^i): shared weights, agent i sees obs[..., i, :] and its id, no more."""
+    """Decentralized policies pi(a|o) = prod_i pi(a^i | o^i): shared weights, agent i sees obs[..., i, :] and its id only."""
 
     def __init__(self, num_agents, obs_dim, action_dim, continuous=False, dim=128, recurrent=False):
         super().__init__()
@@ -290,12 +291,11 @@ class ValueNorm(nn.Module):
         self.register_buffer("moments", torch.zeros(3))  # running averages of 1 (to undo the start at zero), x and x^2
 
     def update(self, x):
-        self.moments.lerp_(torch.stack([torch.ones_like(x.mean()), x.mean(), x.square().mean()]), 1 - self.decay)
+        self.moments.lerp_(torch.stack([(x**power).mean() for power in (0, 1, 2)]), 1 - self.decay)
 
     def stats(self):
         """Mean and deviation; 0 and 0.001 before the first update."""
-        weight, mean, square = self.moments
-        mean, square = mean / weight.clamp(min=1e-8), square / weight.clamp(min=1e-8)
+        mean, square = self.moments[1:] / self.moments[0].clamp(min=1e-8)
         return mean, (square - mean.square()).clamp(min=1e-6).sqrt()
 
 
@@ -312,12 +312,10 @@ def compute_gae(rewards, values, next_values, terminations, truncations, gamma, 
         terminations: (T, E, 1) bool, the step ended its episode for good: nothing is worth anything after it.
         truncations: (T, E, 1) bool, time ran out: the return goes on with next_values, the sum over steps does not.
     """
-    errors = rewards + gamma * next_values * ~terminations - values  # (T, E, N)
-    carry_on = gamma * gae_lambda * (~(terminations | truncations)).to(values.dtype)  # (T, E, 1)
-    advantages = torch.empty_like(errors)
-    advantage = torch.zeros_like(errors[0])
-    for t in reversed(range(len(errors))):
-        advantages[t] = advantage = errors[t] + carry_on[t] * advantage
+    over = terminations | truncations
+    advantages = rewards + gamma * next_values * ~terminations - values  # each step's own error so far, (T, E, N)
+    for t in reversed(range(len(advantages) - 1)):
+        advantages[t] += gamma * gae_lambda * advantages[t + 1] * ~over[t]
     return advantages, advantages + values
 
 
@@ -418,13 +416,13 @@ def train(args):
     if num_iterations * T * E < args.total_timesteps:
         print(f"total_timesteps is cut to {num_iterations * T * E}, a multiple of num_envs x num_steps.")
     if args.algo != "magpo" or args.backtracking == "reset":
-        print("mappo, ctds and reset have no lambda, and ctds and reset no delta: what was given does not count.")
+        print(f"{args.algo}, {args.backtracking} backtracking: lambda is {args.lam}, delta {args.delta}, whatever you gave.")
     print(envs.note, end="\n" if envs.note else "")
     for iteration in (progress := tqdm(range(1, num_iterations + 1), unit_scale=T * E, unit="step")):
         remaining = 1 - (iteration - 1) / num_iterations if args.anneal_lr else 1.0
         optimizer.param_groups[0]["lr"] = args.learning_rate * remaining
         if args.backtracking == "reset":
-            # Step 4 of the iteration before, to the letter: a correction of zero is mu = pi
+            # Step 4 of the iteration before: a correction of zero is mu = pi (Adam's moments stay)
             nn.init.zeros_(guider.policy_head.weight), nn.init.zeros_(guider.policy_head.bias)
 
         # Step 1, data collection: roll out the guider mu
@@ -453,24 +451,21 @@ def train(args):
 
             mean, std = value_norm.stats()
             values = buffer["values"] * std + mean  # (T, E, N)
-            after = guider.encode(obs, **pick(infos, *critic_inputs), memory=[memories[0][0], starts])[1] * std + mean
-            next_values = torch.cat([values[1:], after[None]])
-            terminations, truncations = buffer["terminations"], buffer["truncations"]
-            if truncations.any():  # the values just taken belong to the next episode: take the last observation's
-                last = pick(buffer, "final_obs", "final_active", "final_state").items()
-                last = {name.removeprefix("final_"): x[truncations] for name, x in last}
-                goes_on = [buffer["hidden"][truncations], terminations[truncations]]
-                next_values[truncations] = guider.encode(**last, memory=goes_on)[1] * std + mean
+            # V of the observation that each step led to: the last one of its episode where the environment was reset
+            last = pick(buffer, "final_obs", "final_active", "final_state").items()
+            last = {name.removeprefix("final_"): x.flatten(0, 1) for name, x in last}
+            goes_on = [buffer["hidden"].flatten(0, 1), torch.zeros(T * E, dtype=torch.bool, device=device)]
+            next_values = guider.encode(**last, memory=goes_on)[1].view_as(values) * std + mean
             rewards, *ended = (buffer[name][..., None] for name in ("rewards", "terminations", "truncations"))  # (T, E, 1)
             advantages, returns = compute_gae(rewards, values, next_values, *ended, args.gamma, args.gae_lambda)
-            live = buffer.get("active", ...)  # agents that have left do not count
+            live = buffer.get("active", ...)  # mask of the agents still there (the others have no policy loss), or ... for all
             explained_variance = 1 - (returns - values)[live].var() / returns[live].var().clamp(min=1e-8)
-            value_norm.update(returns[live])
+            value_norm.update(returns)
             mean, std = value_norm.stats()
             buffer["returns"] = (returns - mean) / std
             buffer["advantages"] = (advantages - advantages[live].mean()) / (advantages[live].std() + 1e-8)
 
-        # Any step of any environment may share a minibatch, as (1, batch, ...); with memory, whole sequences (T, batch, ...)
+        # Minibatches index axis 1: T x E single steps as (1, T E, ...), or with memory E whole sequences as (T, E, ...)
         batch = pick(buffer, "obs", "starts", "actions", "logprobs", "advantages", "returns", *guider_inputs)
         batch = {name: x if args.recurrent else x.flatten(0, 1)[None] for name, x in batch.items()}
         losses = []
@@ -481,7 +476,7 @@ def train(args):
                 live = b.get("active", ...)
                 # Both losses are computed at the same parameters, then both networks step; neither loss moves the other's
                 pi = learner(b["obs"], b.get("action_mask"), past[1])
-                if args.algo == "mappo":  # the learners are the guider, and Eq. 9 is PPO
+                if args.algo == "mappo":  # mu = pi: inner clip, mask and KL vanish, and Eq. 9 is PPO
                     mu, new_values = pi, guider.encode(b["obs"], **pick(b, *critic_inputs), memory=past[0])[1]
                 else:
                     mu, new_values = guider(b["obs"], b["actions"], **pick(b, *guider_inputs), memory=past[0])
@@ -492,7 +487,7 @@ def train(args):
                 eq9 = mu_logprobs, pi_logprobs, b["logprobs"], b["advantages"], kl
                 loss_mu, mask, clipped = guider_loss(*(x[live] for x in eq9), args.clip_coef, args.delta)
                 entropy = mu.entropy()[live].mean()
-                loss_v = 0.5 * (new_values - b["returns"])[live].square().mean()
+                loss_v = 0.5 * (new_values - b["returns"]).square().mean()  # of all agents, as values lead from one to the next
 
                 # Step 3, learner update (Eq. 10)
                 kl = kl_divergence(detached(mu), pi)
@@ -507,7 +502,7 @@ def train(args):
 
         names = "guider_loss learner_loss value_loss kl entropy mask_frac clip_frac guider_grad_norm learner_grad_norm".split()
         row = dict(step=iteration * T * E, seconds=time.time() - start, cpu_seconds=time.process_time() - start_cpu)
-        finished = buffer["episode_returns"][terminations | truncations]
+        finished = buffer["episode_returns"][buffer["terminations"] | buffer["truncations"]]
         row |= dict(guider_return=finished.mean().item(), learner_return=math.nan)  # nan: no episode ended
         row |= dict(zip(names, torch.stack(losses).mean(0).tolist()), explained_variance=explained_variance.item())
         if iteration % args.eval_every == 0 or iteration in (1, num_iterations):
@@ -538,7 +533,7 @@ def evaluate(args, guider, learner, policy, episodes, seed):
     """Team returns (episodes,) of fresh episodes, rounded up so that every copy plays equally many (else short ones win).
 
     policy: "guider" (sampled), "learner" (sampled) or "learner_greedy"; learners act from their own observations alone.
-    seed: of environments and sampling; the random numbers of training are not disturbed.
+    seed: of environments and sampling; PyTorch's random numbers in training are not disturbed.
     """
     device = next(learner.parameters()).device
     copies = min(episodes, args.num_envs)
@@ -579,19 +574,22 @@ def load(path):
     """Read a checkpoint -> Args, Guider, Learner (on the CPU)."""
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     args = Args(**checkpoint["args"])
-    guider, learner = build(args, make_envs(args, 1))
+    envs = make_envs(args, 1)
+    guider, learner = build(args, envs)
+    envs.close()
     guider.load_state_dict(checkpoint["guider"]), learner.load_state_dict(checkpoint["learner"])
     return args, guider, learner
 
 
 def main():
     """The command line: options as in Args; wrong ones end in one sentence and exit code 2."""
-    env = re.search(r"--env[ =](\S+)", " ".join(sys.argv))
-    args = tyro.cli(Args, default=Args(env=env[1] if env else Args.env))  # so that --help shows the preset, too
+    env = re.findall(r"--env[ =](\S+)", " ".join(sys.argv))
+    args = tyro.cli(Args, default=Args(env=env[-1] if env else Args.env))  # so that --help shows the preset, too
     try:
         validate(args)
     except ValueError as error:
-        sys.exit(print(f"magpo.py: {error}", file=sys.stderr) or 2)
+        print(f"magpo.py: {error}", file=sys.stderr)
+        sys.exit(2)
     train(args)
 
 

@@ -68,13 +68,15 @@ def assign(distance):
     return torch.stack(taken, 1)
 
 
-def cover(env, lookahead=4):
+def cover(env, lookahead=4, roles=False):
     """SimpleSpread's heuristic: share out the landmarks once, at the start, then go there and mind no collision.
 
     An agent takes the action after which it will be nearest to its landmark `lookahead` steps on if it then coasts.
+    roles: agent i takes landmark i instead of the nearest on the whole.
     """
     distance = torch.linalg.vector_norm(env.position.unsqueeze(2) - env.landmarks.unsqueeze(1), dim=-1)  # (E, N, L)
-    goal = env.landmarks.gather(1, assign(distance).unsqueeze(-1).expand(-1, -1, 2)).unsqueeze(2)  # (E, N, 1, 2)
+    mine = torch.arange(distance.shape[1]).expand(distance.shape[:2]) if roles else assign(distance)
+    goal = env.landmarks.gather(1, mine.unsqueeze(-1).expand(-1, -1, 2)).unsqueeze(2)  # (E, N, 1, 2)
 
     def act():
         position, velocity, thrust = env.position.unsqueeze(2), env.velocity.unsqueeze(2), env._thrust  # _thrust: (A, 2)
