@@ -334,9 +334,9 @@ def test_reset_makes_the_guider_the_learner_to_the_last_bit():
 
 
 def test_value_norm():
-    norm, x = magpo.ValueNorm(decay=0.5).double(), 3 + 2 * torch.randn(2, 1000, dtype=torch.float64)
+    norm, x = magpo.ValueNorm(decay=0.75).double(), 3 + 2 * torch.randn(2, 1000, dtype=torch.float64)
     norm.update(x[0]), norm.update(x[1])
-    expected, square = (x[0].mean() + 2 * x[1].mean()) / 3, (x[0].square().mean() + 2 * x[1].square().mean()) / 3
+    expected, square = (3 * x[0].mean() + 4 * x[1].mean()) / 7, (3 * x[0].square().mean() + 4 * x[1].square().mean()) / 7
     mean, std = norm.stats()
     torch.testing.assert_close(mean, expected)
     torch.testing.assert_close(std, (square - expected**2).sqrt())
@@ -840,7 +840,7 @@ def test_tuple_environments(shared, monkeypatch):
         assert terminations.all() == (step % 3 == 0) and not truncations.any()
         assert (infos["final_obs"][:, 0, :2] == 1 + (step - 1) % 3).all() and (infos["final_obs"][:, 1] == 2).all()
         assert "active" not in infos and not env.references and env.note
-    assert torch.equal(env.reset(seed=1)[0][0], env.reset(seed=0)[0][1])
+    assert torch.equal(env.reset(seed=1)[0], env.reset(seed=1)[0]) and not torch.equal(env.reset(seed=0)[0], env.reset(seed=1)[0])
     with pytest.raises(ValueError, match=r"has no state\(\)"):
         envs.make("gym:FakeTuple-v0", 3, state=True)
 
@@ -1284,7 +1284,7 @@ def test_the_update_starts_from_ratio_one_in_every_iteration(recurrent, tmp_path
 
     A hidden state that is not the rollout's would show here from the second iteration on.
     """
-    once = dict(env="coordsum_3x10", algo="ctds", update_epochs=1, num_minibatches=1, learning_rate=0.02)
+    once = dict(env="coordsum_3x10", algo="ctds", update_epochs=1, num_minibatches=1, learning_rate=0.02, eval_episodes=8)
     args = magpo.Args(**QUICK | once, recurrent=recurrent, runs_dir=str(tmp_path))
     rows = read_metrics(magpo.train(args))
     assert all(abs(float(row["guider_loss"])) < 1e-5 and row["clip_frac"] == "0.0" for row in rows)
@@ -1346,10 +1346,10 @@ def test_improvement_on_matrix_games(game, seed, tmp_path):
 
 def test_learners_score_the_same_on_mpe2(tmp_path):
     """Train briefly on the batched environment, then act from the same starts in both, each agent on its own observation."""
-    args = magpo.Args(env="mpe_spread", runs_dir=str(tmp_path), total_timesteps=48_000, eval_episodes=256)
+    args = magpo.Args(env="mpe_spread", runs_dir=str(tmp_path), total_timesteps=32_000, eval_episodes=256)
     _, _, learner = magpo.load(magpo.train(args) / "checkpoint.pt")
     learner.requires_grad_(False)
-    real, episodes, starts, theirs = mpe2_spread(3), 120, [], []
+    real, episodes, starts, theirs = mpe2_spread(3), 100, [], []
     torch.manual_seed(0)
     for episode in range(episodes):
         obs, _ = real.reset(seed=episode)
@@ -1485,3 +1485,405 @@ def test_other_peoples_environments_train_without_a_warning(env, tmp_path):
     result = run(f"python {HERE / 'magpo.py'} --env {env} --total-timesteps 20000 --eval-episodes 64", tmp_path)
     assert result.returncode == 0 and "learner_greedy" in result.stdout, result.stderr
     assert "Warning" not in result.stdout + result.stderr
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Networks by hand: what survived when lines of magpo.py were broken one by one
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_networks_start_orthogonal_and_nearly_uniform():
+    guider, learner = magpo.Guider(3, 6, 5, dim=16), magpo.Learner(3, 6, 5, dim=16)
+    for layer, gain in ((guider.features.hidden, 5 / 3), (learner.features.obs_in, 3), (learner.hidden, 5 / 3), (learner.policy_head, 0.1)):
+        weight = layer.weight.double() / gain
+        product = weight @ weight.T if len(weight) <= weight.shape[1] else weight.T @ weight
+        torch.testing.assert_close(product, torch.eye(len(product)).double(), rtol=0, atol=1e-6)
+        assert (layer.bias == 0).all()
+
+
+def test_memory_is_pytorchs_gru():
+    features, gru = networks(recurrent=True)[0].features, torch.nn.GRU(16, 16).double()
+    for name, parameter in features.gru.named_parameters():
+        getattr(gru, f"{name}_l0").data.copy_(parameter.data)
+    obs, hidden = torch.randn(5, 2, 4, 6, dtype=torch.float64), torch.randn(2, 4, 16, dtype=torch.float64)
+    seen = features(obs, [hidden, torch.zeros(5, 2).bool()])
+    features.gru = None
+    expected = gru(features(obs).flatten(1, 2), hidden.flatten(0, 1)[None])[0]
+    torch.testing.assert_close(seen.flatten(1, 2), expected)
+
+
+def test_block_is_attention_by_hand():
+    torch.manual_seed(0)
+    block, x = magpo.Block(8).double(), torch.randn(4, 8, dtype=torch.float64)
+    q, k, v = block.qkv(x).chunk(3, -1)
+    here = torch.tensor([True, False, True, False])  # agents that others attend to; each sees itself
+    for options, seen in (
+        ({}, torch.ones(4, 4)),
+        (dict(causal=True), torch.ones(4, 4).tril()),
+        (dict(active=here), (here.expand(4, 4) | torch.eye(4).bool())),
+    ):
+        after = x + block.proj((q @ k.T / math.sqrt(8)).masked_fill(seen == 0, -math.inf).softmax(-1) @ v)
+        torch.testing.assert_close(block(x, **options), after + block.mlp(after))
+
+
+def test_acting_with_everything_equals_the_parallel_pass():
+    """Masks, agents that left, state, memory and base at once: act() uses what forward() uses, and moves the memory on."""
+    guider, learner = networks(recurrent=True, state_dim=3)
+    obs, state = torch.randn(9, 4, 6, dtype=torch.float64), torch.randn(9, 3, dtype=torch.float64)
+    mask, active = torch.rand(9, 4, 5) < 0.7, torch.rand(9, 4) < 0.7
+    mask[..., 0] = True
+    hidden, starts = torch.randn(9, 4, 16, dtype=torch.float64), torch.rand(9) < 0.5
+    inputs = dict(base=torch.randn(9, 4, 5, dtype=torch.float64), action_mask=mask, active=active, state=state)
+    memory, again = [hidden, starts], [hidden, starts]
+    actions, logprobs, values = guider.act(obs, **inputs, memory=memory)
+    mu, parallel = guider(obs, actions, **inputs, memory=again)
+    torch.testing.assert_close(mu.log_prob(actions), logprobs, rtol=0, atol=1e-12)
+    torch.testing.assert_close(parallel, values, rtol=0, atol=1e-12)
+    assert torch.equal(memory[0], again[0]) and not torch.equal(memory[0], hidden)
+
+
+def test_the_base_is_added():
+    guider, _ = networks()
+    obs, actions, base = torch.randn(9, 4, 6, dtype=torch.float64), torch.randint(5, (9, 4)), torch.randn(9, 4, 5, dtype=torch.float64)
+    plain, based = (guider(obs, actions, b)[0].logits for b in (None, base))
+    torch.testing.assert_close(based, (plain + base).log_softmax(-1))
+
+
+def test_a_gaussian_never_gets_needle_sharp_or_flat():
+    params = torch.tensor([[0.0, 0.0, -50.0, 50.0]])
+    torch.testing.assert_close(magpo.distribution(params, True).base_dist.scale[0].log(), torch.tensor([-4.0, 1.0]))
+
+
+def test_clip_frac_counts_both_sides():
+    mu = torch.log(torch.tensor([0.25, 0.28, 0.40, 0.15]))
+    one = torch.ones(4)
+    assert magpo.guider_loss(mu, mu, math.log(0.25) * one, one, one, 0.2, 1.5)[2] == 0.5
+
+
+def test_value_norm_forgets_at_its_decay():
+    """test_value_norm with a decay other than 1/2, at which old and new weigh the same either way."""
+    norm = magpo.ValueNorm(decay=0.9).double()
+    for x in (1.0, 4.0):
+        norm.update(torch.tensor([x - 2, x + 2], dtype=torch.float64))
+    mean, std = norm.stats()
+    assert mean.item() == pytest.approx((0.9 * 1 + 4) / 1.9)
+    assert std.item() == pytest.approx(math.sqrt((0.9 * 5 + 20) / 1.9 - mean.item() ** 2))
+
+
+@pytest.mark.parametrize("continuous", [False, True])
+def test_detached_is_the_same_policy_as_a_constant(continuous):
+    _, learner = networks(continuous=continuous)
+    pi = learner(torch.randn(3, 4, 6, dtype=torch.float64))
+    constant = magpo.detached(pi)
+    assert magpo.kl_divergence(pi, constant).abs().max() < 1e-12
+    assert not constant.log_prob(pi.sample()).requires_grad and not constant.entropy().requires_grad
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# train() and evaluate(), on an environment in which everything happens
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Chaos:
+    """E copies that end at random, by termination or time-out; masks, agents that leave and states at random, too.
+
+    `log` keeps, per step, all that was shown, done and paid. Rewards depend on the actions; nothing else does.
+    """
+
+    single_observation_space, single_action_space = spaces.Box(-1, 1, (3, 2)), spaces.MultiDiscrete([4] * 3)
+    state_dim, references, note, made = 5, {}, "", []
+
+    def __init__(self, args, num_envs, device="cpu"):
+        self.num_envs, self.log = num_envs, []
+        Chaos.made.append(self)
+
+    def _look(self):
+        E, rng = self.num_envs, self.rng
+        mask, active = torch.rand(E, 3, 4, generator=rng) < 0.6, torch.rand(E, 3, generator=rng) < 0.7
+        mask[..., 1] = active[:, 0] = True
+        return dict(obs=torch.randn(E, 3, 2, generator=rng), action_mask=mask, active=active, state=torch.randn(E, 5, generator=rng))
+
+    def _infos(self, final):
+        return {k: x for k, x in self.now.items() if k != "obs"} | {f"final_{k}": x for k, x in final.items()}
+
+    def reset(self, seed):
+        self.rng, self.seed = torch.Generator().manual_seed(seed), seed
+        self.now = self._look()
+        return self.now["obs"], self._infos(self.now)
+
+    def step(self, actions):
+        mask = self.now["action_mask"]
+        assert mask.gather(-1, actions[..., None]).all(), "a forbidden action"
+        E, rng = self.num_envs, self.rng
+        rewards = (actions * torch.randn(E, 3, generator=rng)).sum(-1)
+        terminations, truncations = (torch.rand(2, E, generator=rng) < 0.15).unbind(0)
+        truncations = truncations & ~terminations
+        ended = terminations | truncations
+        final, next_ = self._look(), self._look()
+        next_ = {k: torch.where(ended.view(-1, *[1] * (x.dim() - 1)), next_[k], x) for k, x in final.items()}
+        step = dict(actions=actions, rewards=rewards, terminations=terminations, truncations=truncations, final=final)
+        self.log.append(self.now | step)
+        self.now = next_
+        return next_["obs"], rewards, terminations, truncations, self._infos(final)
+
+    def close(self):
+        pass
+
+
+@pytest.fixture
+def chaos(monkeypatch, tmp_path):
+    """A function that trains on Chaos -> what the run was made of: calls of the losses, steps of Adam, networks, rows."""
+
+    def train(**options):
+        seen = dict(gae=[], guider=[], learner=[], adam=[], total=[])
+        build, gae, guider_loss, learner_loss = magpo.build, magpo.compute_gae, magpo.guider_loss, magpo.learner_loss
+        Adam, backward = torch.optim.Adam, torch.Tensor.backward
+
+        class Spy(Adam):
+            def step(self):
+                norms = [torch.stack([p.grad.norm() for p in net.parameters() if p.grad is not None]).norm() for net in seen["nets"]]
+                before = [[p.detach().clone() for p in net.parameters()] for net in seen["nets"]]
+                super().step()
+                moved = [any((p != q).any() for p, q in zip(net.parameters(), old)) for net, old in zip(seen["nets"], before)]
+                seen["adam"].append((self.param_groups[0]["lr"], norms, moved))
+
+        def spy(name, function):
+            def call(*args):
+                out = function(*args)
+                if name != "gae":  # which networks would this loss move?
+                    loss = out if torch.is_tensor(out) else out[0]
+                    seen[name].append((args, [moves(loss, net) for net in seen["nets"]]))
+                else:
+                    seen[name].append((args, out))
+                return out
+
+            return call
+
+        def moves(loss, net):
+            grads = torch.autograd.grad(loss, list(net.parameters()), retain_graph=True, allow_unused=True)
+            return any(g is not None and (g != 0).any() for g in grads)
+
+        def built(*args):
+            seen["nets"] = build(*args)
+            for net in seen["nets"]:
+                torch.nn.init.normal_(net.policy_head.weight, std=0.3)
+            return seen["nets"]
+
+        monkeypatch.setattr(magpo, "make_envs", Chaos)
+        monkeypatch.setattr(magpo, "build", built)
+        monkeypatch.setattr(magpo, "compute_gae", spy("gae", gae))
+        monkeypatch.setattr(magpo, "guider_loss", spy("guider", guider_loss))
+        monkeypatch.setattr(magpo, "learner_loss", spy("learner", learner_loss))
+        monkeypatch.setattr(torch.optim, "Adam", Spy)
+        monkeypatch.setattr(torch.Tensor, "backward", lambda x: seen["total"].append(x.item()) or backward(x))
+        monkeypatch.setattr(torch, "randperm", lambda n, device=None: torch.arange(n, device=device))
+        Chaos.made.clear()
+        base = dict(num_envs=5, num_steps=7, num_minibatches=1, update_epochs=1, total_timesteps=105, eval_episodes=5, eval_every=99,
+                    embed_dim=16, hidden_dim=16, state=True, runs_dir=str(tmp_path))  # fmt: skip
+        seen["args"] = magpo.Args(**base | options)
+        seen["rows"] = [{k: float(x) for k, x in row.items()} for row in read_metrics(magpo.train(seen["args"]))]
+        seen["log"] = Chaos.made[1].log  # the first one is validate's
+        return seen
+
+    return train
+
+
+def replay(seen):
+    """log mu, log pi, V (raw) and V of where each step led, (T, E, N) each: every copy by itself, one step at a time."""
+    (guider, learner), args, rows = seen["nets"], seen["args"], []
+    for e in range(args.num_envs):
+        mu_hidden, pi_hidden = torch.zeros(2, 1, 3, 16).unbind(0)
+        for step in seen["log"]:
+            here, last = ({k: x[e : e + 1] for k, x in part.items() if k != "final"} for part in (step, step["final"]))
+            on = torch.zeros(1, dtype=torch.bool)
+            memories = [[mu_hidden, on], [pi_hidden, on]]
+            base = learner.params(here["obs"], memories[1])
+            pi = magpo.distribution(base, False, here["action_mask"])
+            inputs = dict(active=here["active"], state=here["state"])
+            options = dict(base=base if args.residual else None, action_mask=here["action_mask"])
+            mu, value = guider(here["obs"], here["actions"], **options, **inputs, memory=memories[0])
+            (mu_hidden, _), (pi_hidden, _) = memories
+            after = guider.encode(last["obs"], last["active"], last["state"], [mu_hidden, on])[1]
+            mu = pi if args.algo == "mappo" else mu
+            rows.append([mu.log_prob(here["actions"]), pi.log_prob(here["actions"]), value, after, mu.entropy(), magpo.kl_divergence(mu, pi)])
+            if here["terminations"] | here["truncations"]:
+                mu_hidden, pi_hidden = torch.zeros(2, 1, 3, 16).unbind(0)
+    stacked = (torch.cat(x).detach().view(args.num_envs, -1, 3).transpose(0, 1) for x in zip(*rows))
+    return [x.unflatten(0, (-1, args.num_steps)) for x in stacked]  # (iterations, T, E, N)
+
+
+@pytest.mark.parametrize("recurrent", [False, True])
+@pytest.mark.parametrize("algo", ["magpo", "residual", "mappo"])
+def test_training_on_what_was_seen(algo, recurrent, chaos):
+    """Networks held still: what reaches the equations is what single steps of single copies give, in every iteration."""
+    options = dict(algo="magpo", residual=True) if algo == "residual" else dict(algo=algo)
+    seen = chaos(**options, recurrent=recurrent, learning_rate=1e-30)
+    log, args = seen["log"], seen["args"]
+    mu, pi, V, after, entropy, kl = replay(seen)
+    active, rewards, *ended = (
+        torch.stack([step[name] for step in log]).unflatten(0, (-1, 7)) for name in ("active", "rewards", "terminations", "truncations")
+    )
+    assert all(x.any() for x in ended)
+    close = lambda x, y: torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-5)  # noqa: E731
+    all_returns, total = [], torch.zeros(5)
+    for k in range(3):
+        if k == 0:
+            mean, std = 0.0, 0.001
+        (given, (advantages, returns)), live = seen["gae"][k], active[k]
+        close(given[0], rewards[k][..., None].expand_as(given[0]))
+        close(given[1], V[k] * std + mean)
+        goes_on = ~ended[0][k]
+        close(given[2][goes_on], (after[k] * std + mean)[goes_on])
+        assert torch.equal(given[3][..., 0], ended[0][k]) and torch.equal(given[4][..., 0], ended[1][k])
+        assert given[5:] == (args.gamma, args.gae_lambda)
+        unexplained = (returns - given[1])[live].var() / returns[live].var()
+        row = seen["rows"][k]
+        assert row["explained_variance"] == pytest.approx(1 - unexplained.item(), abs=1e-3)
+        all_returns.append(returns)  # of all agents: values of those that left are bootstrapped from
+        weights = [0.99 ** (k - i) for i in range(k + 1)]
+        mean, square = (sum(w * f(x) for w, x in zip(weights, all_returns)) / sum(weights) for f in (torch.mean, lambda x: x.square().mean()))
+        std = (square - mean**2).sqrt()
+        targets = (returns - mean) / std
+        normal = (advantages - advantages[live].mean()) / advantages[live].std()
+
+        (args_mu, _), (args_pi, _) = seen["guider"][k], seen["learner"][k]
+        flat = lambda x: x[live] if recurrent else x.flatten(0, 1)[live.flatten(0, 1)]  # noqa: E731
+        for x, expected in zip(args_mu[:5], (mu[k], pi[k], mu[k], normal, kl[k])):
+            close(x.detach().flatten(), flat(expected))
+        for x, expected in zip(args_pi[:4], (pi[k], mu[k], normal, kl[k])):
+            close(x.detach().flatten(), flat(expected))
+        assert args_mu[5:] == (args.clip_coef, args.delta) and args_pi[4:] == (args.clip_coef, args.lam)
+        loss_v = 0.5 * (V[k] - targets).square().mean().item()
+        for name, expected in (("value_loss", loss_v), ("entropy", entropy[k][live].mean().item()), ("kl", kl[k][live].mean().item())):
+            assert row[name] == pytest.approx(expected, rel=1e-3, abs=1e-5)
+        done = []
+        for t in range(7):
+            total = total + rewards[k][t]
+            over = ended[0][k][t] | ended[1][k][t]
+            done += total[over].tolist()
+            total = total * ~over
+        assert row["guider_return"] == pytest.approx(np.mean(done), rel=1e-4)
+
+
+@pytest.mark.parametrize("anneal_lr", [False, True])
+@pytest.mark.parametrize("algo", ["magpo", "mappo"])
+def test_a_step_of_both_networks(algo, anneal_lr, chaos):
+    """Each loss moves its own network, gradients are clipped network by network, rate and entropy bonus go down in step."""
+    seen = chaos(algo=algo, anneal_lr=anneal_lr, delta=1.01, max_grad_norm=1e-3, learning_rate=1e-3, ent_coef=0.3, vf_coef=0.7)
+    remaining = [1, 2 / 3, 1 / 3] if anneal_lr else [1, 1, 1]
+    for k, (row, (lr, norms, moved)) in enumerate(zip(seen["rows"], seen["adam"], strict=True)):
+        assert lr == pytest.approx(1e-3 * remaining[k])
+        assert [x.item() for x in norms] == pytest.approx([1e-3, 1e-3], rel=1e-2) and moved == [True, True]
+        total = row["guider_loss"] - 0.3 * remaining[k] * row["entropy"] + 0.7 * row["value_loss"] + row["learner_loss"]
+        assert seen["total"][k] == pytest.approx(total, rel=1e-5)
+    if algo == "magpo":
+        assert seen["rows"][0]["mask_frac"] > 0
+        assert all(call[1] == [True, False] for call in seen["guider"]) and all(call[1] == [False, True] for call in seen["learner"])
+    else:
+        assert all(call[1] == [False, True] for call in seen["guider"])
+
+
+def test_every_epoch_takes_every_minibatch_with_fresh_gradients(chaos):
+    seen = chaos(num_minibatches=5, update_epochs=2, max_grad_norm=1e9, learning_rate=1e-30, total_timesteps=35)
+    norms = torch.tensor([step[1] for step in seen["adam"]])
+    assert norms.shape == (10, 2) and len(norms[:, 0].round(decimals=6).unique()) == 5  # five minibatches, differing
+    torch.testing.assert_close(norms[:5], norms[5:])
+
+
+@pytest.mark.parametrize("recurrent", [False, True])
+def test_after_reset_every_rollout_is_the_learners(recurrent, chaos):
+    seen = chaos(backtracking="reset", recurrent=recurrent, learning_rate=0.05)
+    for (mu, pi, old, *_), _ in seen["guider"]:
+        torch.testing.assert_close(mu, pi, rtol=0, atol=1e-6)
+        torch.testing.assert_close(old, pi, rtol=0, atol=1e-5)
+    assert all(step[2] == [True, True] for step in seen["adam"])  # while both networks did move
+
+
+@pytest.mark.parametrize("policy", ["guider", "learner", "learner_greedy"])
+def test_evaluation_by_hand(policy, monkeypatch):
+    """With nearly deterministic policies, what was played is what single steps of single copies would play."""
+    monkeypatch.setattr(magpo, "make_envs", Chaos)
+    args = magpo.Args(num_envs=4, recurrent=True, residual=True, state=True, embed_dim=16, hidden_dim=16, num_steps=1)
+    torch.manual_seed(0)
+    guider, learner = magpo.build(args, Chaos)
+    for net, std in ((learner, 300), (guider, 300)):
+        torch.nn.init.normal_(net.policy_head.weight, std=std)
+    before = torch.get_rng_state()
+    returns = magpo.evaluate(args, guider, learner, policy, 10, seed=3)
+    assert torch.equal(torch.get_rng_state(), before)  # training's random numbers go on as if nothing had been
+    log = Chaos.made[-1].log
+    assert Chaos.made[-1].seed == 3
+    mu, pi = (x.squeeze(1) for x in replay(dict(nets=(guider, learner), args=args, log=log))[:2])
+    assert (mu if policy == "guider" else pi).exp().mean() > 0.98
+    assert (pi if policy == "guider" else mu).exp().mean() < 0.9
+    expected = [[], [], [], []]
+    for e in range(4):
+        total = 0
+        for step in log:
+            total += step["rewards"][e].item()
+            if step["terminations"][e] | step["truncations"][e]:
+                expected[e].append(total)
+                total = 0
+    torch.testing.assert_close(returns.view(3, 4), torch.tensor([x[:3] for x in expected]).T)
+    assert min(map(len, expected)) == 3  # and then it stopped
+
+
+def test_learners_sample_unless_greedy():
+    args = magpo.Args(env="matrix_sum10", num_envs=64)
+    guider, learner = magpo.build(args, magpo.make_envs(args, 1))
+    greedy, sampled = (magpo.evaluate(args, guider, learner, policy, 512, 1) for policy in ("learner_greedy", "learner"))
+    assert greedy.std() == 0 and sampled.std() > 0
+    assert torch.equal(sampled, magpo.evaluate(args, guider, learner, "learner", 512, 1))
+    assert not torch.equal(sampled, magpo.evaluate(args, guider, learner, "learner", 512, 2))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Options
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_variants_are_set_up_as_named():
+    expected = {  # delta, lam, residual
+        (): (1.7, 3.0, False),
+        ("ctds",): (math.inf, 0.0, False),
+        ("mappo",): (1.7, 0.0, False),
+        ("magpo", "reset"): (math.inf, 0.0, True),
+    }
+    for names, options in expected.items():
+        args = magpo.Args(delta=1.7, lam=3.0, **dict(zip(("algo", "backtracking"), names)))
+        assert (args.delta, args.lam, args.residual) == options
+    with pytest.raises(TypeError, match="no option speed"):
+        magpo.Args(speed=1)
+
+
+@pytest.mark.parametrize(
+    "options, sentence",
+    [
+        (dict(gae_lambda=1.5), "gamma and gae_lambda"),
+        (dict(seed=2**32), "seed must lie"),
+        (dict(env="gym:x", num_workers=3, num_envs=8), "one process per copy"),
+        (dict(env_kwargs="[[1]]"), "must be a JSON object"),
+        (dict(env_kwargs="3"), "must be a JSON object"),
+        (dict(env_kwargs="{"), "must be a JSON object"),
+        (dict(env="coordsum_3x10", state=True), "no state"),
+    ],
+)
+def test_validate_refuses(options, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        magpo.validate(magpo.Args(**options))
+
+
+def test_help_shows_the_preset_of_the_environment(monkeypatch, capsys):
+    for words in (["--env", "coordsum_3x10"], ["--env=coordsum_3x10"]):
+        monkeypatch.setattr("sys.argv", ["magpo.py", *words, "--help"])
+        with pytest.raises(SystemExit):
+            magpo.main()
+        assert f"default: {magpo.PRESETS['coordsum']['total_timesteps']}" in " ".join(capsys.readouterr().out.split())
+
+
+def test_state_is_given_on_demand_only():
+    for state in (False, True):
+        args = magpo.Args(env="mpe_spread", state=state)
+        env = magpo.make_envs(args, 2)
+        guider, _ = magpo.build(args, env)
+        assert (guider.state_in is not None) == ("state" in env.reset(seed=0)[1]) == state
