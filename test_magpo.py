@@ -1436,7 +1436,8 @@ README, TUTORIAL = commands("README.md"), commands("TUTORIAL.md")
 
 @pytest.mark.parametrize("command", [*README, *(pytest.param(line, marks=pytest.mark.slow) for line in TUTORIAL)])
 def test_documented_commands_run(command, tmp_path):
-    small = "--total-timesteps 240 --num-envs 8 --num-steps 10 --eval-episodes 256"
+    episodes = 8 if "gym:" in command else 256  # 256 of rware's, of 500 steps each, take minutes
+    small = f"--total-timesteps 240 --num-envs 8 --num-steps 10 --eval-episodes {episodes}"
     result = run(f"{command.replace('magpo.py', str(HERE / 'magpo.py'))} {small}", tmp_path)
     if "No module named 'lbforaging'" in result.stderr or "No module named 'rware'" in result.stderr:
         pytest.skip("an optional package is not installed")
@@ -1482,7 +1483,7 @@ def test_other_peoples_environments_train_without_a_warning(env, tmp_path):
         envs.make(env, 1)
     except ValueError as error:
         pytest.skip(str(error))  # an optional package is not installed
-    result = run(f"python {HERE / 'magpo.py'} --env {env} --total-timesteps 20000 --eval-episodes 64", tmp_path)
+    result = run(f"python {HERE / 'magpo.py'} --env {env} --total-timesteps 20000 --eval-episodes 8", tmp_path)
     assert result.returncode == 0 and "learner_greedy" in result.stdout, result.stderr
     assert "Warning" not in result.stdout + result.stderr
 
