@@ -482,7 +482,7 @@ def train(args):
                     mu, new_values = guider(b["obs"], b["actions"], **pick(b, *guider_inputs), memory=past[0])
                 mu_logprobs, pi_logprobs = mu.log_prob(b["actions"]), pi.log_prob(b["actions"])  # (., batch, N)
 
-                # Step 2, guider update (Eq. 9); its bound delta is at the same time step 4, the backtracking, in practice
+                # Step 2, guider update (Eq. 9)
                 kl = kl_divergence(mu, detached(pi))
                 eq9 = mu_logprobs, pi_logprobs, b["logprobs"], b["advantages"], kl
                 loss_mu, mask, clipped = guider_loss(*(x[live] for x in eq9), args.clip_coef, args.delta)
@@ -494,6 +494,7 @@ def train(args):
                 eq10 = pi_logprobs, b["logprobs"], b["advantages"], kl
                 loss_pi = learner_loss(*(x[live] for x in eq10), args.clip_coef, args.lam)
 
+                # Step 4, guider backtracking: soft, Eq. 9's bound is all of it; reset, mu := pi before the next rollout
                 optimizer.zero_grad()
                 (loss_mu - args.ent_coef * remaining * entropy + args.vf_coef * loss_v + loss_pi).backward()
                 norms = [nn.utils.clip_grad_norm_(net.parameters(), args.max_grad_norm) for net in (guider, learner)]

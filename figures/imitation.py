@@ -18,6 +18,7 @@ import tyro
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 
 import envs
+import magpo
 import references
 
 
@@ -26,16 +27,13 @@ class Net(nn.Module):
 
     def __init__(self, act, depth, gain, first_gain, scale, dim=128, num_agents=3, obs_dim=18, num_actions=5):
         super().__init__()
-        sizes = [obs_dim] + [dim] * depth
-        self.layers = nn.ModuleList(nn.Linear(*pair) for pair in zip(sizes, sizes[1:]))
-        for layer, layer_gain in zip(self.layers, [first_gain] + [gain] * (depth - 1)):
-            if layer_gain:  # else PyTorch's own start
-                nn.init.orthogonal_(layer.weight, layer_gain), nn.init.zeros_(layer.bias)
+        gains = [first_gain] + [gain] * (depth - 1)  # None: PyTorch's own start
+        sizes = zip([obs_dim] + [dim] * (depth - 1), gains)
+        self.layers = nn.ModuleList(magpo.linear(size, dim, gain) if gain else nn.Linear(size, dim) for size, gain in sizes)
         self.agent_id, self.act = nn.Parameter(scale * torch.randn(num_agents, dim)), act
-        self.head = nn.Linear(dim, num_actions)
-        nn.init.orthogonal_(self.head.weight, 0.1), nn.init.zeros_(self.head.bias)
+        self.head = magpo.linear(dim, num_actions, 0.1)
 
-    def forward(self, x):
+    def params(self, x):
         x = self.act(self.layers[0](x) + self.agent_id)
         for layer in self.layers[1:]:
             x = self.act(layer(x))
@@ -49,7 +47,7 @@ def imitate(net, roles, seed, updates=2000, num_envs=512):
     optimizer = torch.optim.Adam(net.parameters(), 3e-3)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.02, updates)
     for _ in range(updates):
-        target, logits = references.cover(env, 3, roles)(), net(obs)
+        target, logits = references.cover(env, 3, roles)(), net.params(obs)
         loss = nn.functional.cross_entropy(logits.flatten(0, 1), target.flatten())
         optimizer.zero_grad(), loss.backward(), optimizer.step(), schedule.step()
         own = torch.distributions.Categorical(logits=logits.detach()).sample()
@@ -57,14 +55,13 @@ def imitate(net, roles, seed, updates=2000, num_envs=512):
     return loss.item()
 
 
-TANH = partial(Net, torch.tanh, gain=5 / 3)
 NETS = {
     "2 x ReLU, PyTorch's start, ids of std 0.2": (partial(Net, torch.relu, 2, None, None, 0.2), False),
     "2 x ReLU, orthogonal start, ids of std 0.2": (partial(Net, torch.relu, 2, 2**0.5, 2**0.5, 0.2), False),
     "2 x ReLU, first gain 3, ids of std 2": (partial(Net, torch.relu, 2, None, 3.0, 2.0), False),
     "3 x ReLU, orthogonal start, ids of std 0.2": (partial(Net, torch.relu, 3, 2**0.5, 2**0.5, 0.2), False),
-    "2 x tanh, orthogonal start, ids of std 0.2": (partial(TANH, 2, first_gain=5 / 3, scale=0.2), False),
-    "3 x tanh, first gain 3, ids of std 0.2 (magpo.py)": (partial(TANH, 3, first_gain=3.0, scale=0.2), False),
+    "2 x tanh, orthogonal start, ids of std 0.2": (partial(Net, torch.tanh, 2, 5 / 3, 5 / 3, 0.2), False),
+    "magpo.py's Learner: 3 x tanh, first gain 3, ids of std 0.2": (partial(magpo.Learner, 3, 18, 5), False),
     "fixed roles: 2 x ReLU, first gain 3, ids of std 2": (partial(Net, torch.relu, 2, None, 3.0, 2.0), True),
 }
 
@@ -82,7 +79,7 @@ def main(seed: int = 1, episodes: int = 4096):
             obs, _ = env.reset(seed=seed + 1)
             returns = 0.0
             for _ in range(env.episode_length):
-                obs, rewards, *_ = env.step(torch.distributions.Categorical(logits=net(obs)).sample())
+                obs, rewards, *_ = env.step(torch.distributions.Categorical(logits=net.params(obs)).sample())
                 returns = returns + rewards
         mean, ci95 = returns.mean().item(), 1.96 * (returns.var() / episodes).sqrt().item()
         rows.append(f'"{name}",{loss:.3f},{mean:.2f},{ci95:.2f},{seconds:.0f},{seed}\n')
