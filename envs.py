@@ -25,18 +25,32 @@ Python integer counts the time (on a GPU, asking a tensor instead would stall th
 Other people's environments are adapted, through gymnasium's own Sync- or AsyncVectorEnv, one Python object per copy:
 any cooperative PettingZoo parallel environment (pettingzoo:mpe2.simple_spread_v3), and any gymnasium environment whose
 spaces are Tuples with one entry per agent (gym:Foraging-8x8-2p-2f-coop-v3, gym:rware-tiny-2ag-v2).
+
+The last section, about a run's folder and processes, has nothing to do with environments: magpo.py's reader need not see it.
 """
 
+import atexit
+import csv
 import importlib
+import io
+import json
+import os
 import random
+import signal
+import sys
+import time
 from functools import partial
+from pathlib import Path
 
 import gymnasium
 import numpy as np
 import torch
+import torch.distributed as dist
 from gymnasium import spaces
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv, VectorWrapper
 from gymnasium.vector.utils import batch_space
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
 
 
 def check_shape(actions, action_space):
@@ -49,7 +63,8 @@ def check_shape(actions, action_space):
 class BatchedEnv(VectorEnv):
     """What the three batched environments share: spaces, seeding, the clock and the autoreset.
 
-    A subclass defines `_start()` (draw new episodes), `_observe()` -> (E, N, D) and `_advance(actions)` -> rewards (E,).
+    A subclass defines `_start()` (draw new episodes), `_observe()` -> (E, N, D), `_advance(actions)` -> rewards (E,) and
+    `EPISODE`, the names of its tensors that change within an episode.
 
     Args:
         num_envs: E, the number of copies.
@@ -81,11 +96,20 @@ class BatchedEnv(VectorEnv):
         self._over = (never, ~always)
 
     def reset(self, *, seed=None, options=None):
-        """Start E new episodes -> observations (E, N, D), infos. `seed` makes all after it repeat; options are unused."""
+        """Start E new episodes -> observations (E, N, D), infos.
+
+        Args:
+            seed: makes all after it repeat.
+            options: a state_dict() to go on from, instead of new episodes.
+        """
         if seed is not None:
             self.generator.manual_seed(seed)
         self.time = 0
         self._start()
+        if options:
+            self.generator.set_state(options["generator"].cpu())
+            self.time = options["time"]
+            vars(self).update({name: options[name].to(self.device) for name in self.EPISODE})
         obs = self._observe()
         return obs, {"final_obs": obs} | self._infos("state", "final_state")
 
@@ -109,6 +133,10 @@ class BatchedEnv(VectorEnv):
         terminations, truncations = self._over[over and self.terminal], self._over[over and not self.terminal]
         return obs, rewards, terminations, truncations, infos
 
+    def state_dict(self):
+        """All that reset(options=...) needs to go on from here: tensors and numbers."""
+        return {name: getattr(self, name) for name in ("time", *self.EPISODE)} | {"generator": self.generator.get_state()}
+
     def _infos(self, *names):
         return dict.fromkeys(names, self._state()) if self.state_dim else {}
 
@@ -131,6 +159,8 @@ class MatrixGame(BatchedEnv):
         super().__init__(num_envs, device, num_agents, 1, num_actions, 1, False, True, dtype)
         self.references = {"random": self.payoff.mean().item(), "best": self.payoff.max().item()}
         self._ones = torch.ones(num_envs, num_agents, 1, dtype=dtype, device=device)
+
+    EPISODE = ()
 
     def _start(self):
         pass
@@ -178,6 +208,8 @@ class CoordSum(BatchedEnv):
         self.num_actions, self.num_targets = num_actions, num_targets
         self._copies = torch.arange(num_envs, device=device)
         self._one_hot = torch.eye(num_targets, dtype=dtype, device=device)
+
+    EPISODE = ("record", "target")
 
     def _start(self):
         self.record = torch.zeros(self.num_envs, self.num_targets, self.num_actions, device=self.device)  # agent 0's plays
@@ -250,6 +282,8 @@ class SimpleSpread(BatchedEnv):
         self._others = ids.expand(num_agents, -1)[ids != ids.unsqueeze(1)].view(num_agents, -1)  # (N, N - 1)
         self._thrust = torch.tensor([[0, 0], [-1, 0], [1, 0], [0, -1], [0, 1]], dtype=dtype, device=device)  # (5, 2)
         self._silence = torch.zeros(num_envs, num_agents, 2 * others, dtype=dtype, device=device)
+
+    EPISODE = ("position", "velocity", "landmarks")
 
     def _start(self):
         self.position, self.landmarks = (2 * self._uniform(2, self.num_envs, self.num_agents, 2) - 1).unbind(0)  # (E, N, 2)
@@ -522,6 +556,10 @@ class AdaptedEnv(VectorWrapper):
         arrays, _ = self.env.reset(seed=seed, options=options)
         return self._tensors(arrays, arrays)
 
+    def state_dict(self):
+        """Nothing: other people's environments cannot be saved."""
+        return {}
+
     def step(self, actions):
         """Actions (E, N), or (E, N, A) if continuous -> observations, rewards, terminations, truncations, infos.
 
@@ -574,3 +612,181 @@ def make(env_id, num_envs, device="cpu", num_workers=0, state=False, **kwargs):
         return env_class(num_envs, device, **{**defaults, **kwargs})
     except TypeError as error:
         raise ValueError(f"{env_id} cannot be made with the options {kwargs}: {error}") from error
+
+
+# --- Around a run: its folder, its processes --------------------------------------------------------------------------
+
+VERSION = 1  # of checkpoints
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's: this process, how many
+
+
+def make_envs(args, num_envs, device="cpu"):
+    """E copies of the environment that magpo.Args name -> gymnasium.vector.VectorEnv; ValueError if they cannot be made."""
+    try:
+        kwargs = dict(**json.loads(args.env_kwargs))
+    except (ValueError, TypeError):
+        raise ValueError(f"env_kwargs must be a JSON object such as '{{\"N\": 5}}', not {args.env_kwargs!r}.") from None
+    return make(args.env, num_envs, device, num_envs if args.num_workers else 0, args.state, **kwargs)
+
+
+def gather(x):
+    """(T, E, ...) of this process -> (T, K E, ...) of all K processes of torchrun; x itself if there is one."""
+    if WORLD == 1:
+        return x
+    parts = [torch.empty_like(x) for _ in range(WORLD)]
+    dist.all_gather(parts, x.contiguous())
+    return torch.cat(parts, 1)
+
+
+def share_gradients(parameters):
+    """From now on every backward pass leaves, in each parameter, the mean of all processes' gradients."""
+
+    def mean(gradient):
+        dist.all_reduce(gradient := gradient / WORLD)
+        return gradient
+
+    for parameter in parameters if WORLD > 1 else ():
+        parameter.register_hook(mean)
+
+
+def check_finite(iteration, cause, quantities):
+    """Raise FloatingPointError for the quantity (of a dict of tensors) that is the first, by index, to be nan or infinite."""
+    bad = {name: ~x.isfinite().flatten() for name, x in quantities.items()}
+    first = {name: x.int().argmax().item() for name, x in bad.items() if x.any()}
+    if first:
+        name = min(first, key=first.get)
+        raise FloatingPointError(f"iteration {iteration}: {name} is not finite; likely cause: {cause}")
+
+
+def catch_signals():
+    """A list that will hold the number of the first Ctrl-C or SIGTERM; a second one ends the process at once."""
+    caught = []
+
+    def catch(number, _):
+        print("Stopping after this iteration.", flush=True)
+        caught.append(number), signal.signal(number, signal.SIG_DFL)
+
+    signal.signal(signal.SIGINT, catch), signal.signal(signal.SIGTERM, catch)
+    return caught
+
+
+def read_checkpoint(path, device="cpu"):
+    """Read a checkpoint, or that of a run's folder -> dict; it runs no code of the file's. ValueError if it cannot be read."""
+    path = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
+    try:
+        contents = torch.load(path, map_location=device, weights_only=True)
+        if contents["version"] == VERSION:
+            return contents
+        reason = f"its version is {contents['version']}, not {VERSION}"
+    except Exception as error:  # torch.load raises many kinds for missing, empty, cut, foreign and malicious files
+        reason = f"{type(error).__name__}: {error}".split("\n")[0]
+    raise ValueError(f"{path} cannot be read as a checkpoint of magpo.py: {reason}")
+
+
+class Run:
+    """A run's device and folder: metrics.csv, TensorBoard events and checkpoint.pt. Of torchrun's processes, rank 0 writes.
+
+    Args:
+        args: magpo.Args, asdict'ed; with "resume", all others are taken from the run that is to go on.
+
+    Attributes:
+        args: the options that hold, a dict. device: where to train. path: the folder. seed: of environments and sampling.
+        iteration: how many iterations are behind us. leads: whether this process writes and prints.
+
+    Raises:
+        ValueError: no checkpoint to go on from. OSError: the folder cannot be written.
+    """
+
+    def __init__(self, args):
+        self.saved = read_checkpoint(args["resume"]) if args["resume"] else {}
+        self.args = self.saved.get("args", args) | {"resume": args["resume"]}
+        cuda = self.args["cuda"] and torch.cuda.is_available()
+        self.leads = RANK == 0
+        sys.stdout = sys.stdout if self.leads else open(os.devnull, "w")
+        if self.args["cuda"] and not cuda:
+            print("--cuda: PyTorch sees no GPU here; training on the CPU.")
+        self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+        if cuda:
+            torch.cuda.set_device(self.device)
+            self.saved = read_checkpoint(args["resume"], self.device) if args["resume"] else {}
+        if WORLD > 1 and not dist.is_initialized():
+            dist.init_process_group("nccl" if cuda else "gloo")
+            atexit.register(dist.destroy_process_group)
+        torch.manual_seed(self.args["seed"])
+        torch.use_deterministic_algorithms(self.args["torch_deterministic"], warn_only=True)
+        torch.set_num_threads(self.args["torch_threads"])
+        self.iteration, self.rows = self.saved.get("iteration", 0), self.saved.get("rows", [])
+        self.generator = torch.cuda.default_generators[self.device.index] if cuda else torch.default_generator
+        self.samples = self.args["num_envs"] * self.args["num_steps"]
+        self.seed = self.args["seed"] + 2**32 * RANK + self.iteration
+        name = "{env}__{algo}__{seed}__".format(**self.args).replace(":", "_") + f"{time.time():.2f}"
+        self.file = self.table = None
+        self.path = Path(args["resume"] or Path(args["runs_dir"]) / name)
+        if self.leads:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.writer = SummaryWriter(self.path, purge_step=self.iteration * self.samples + 1)
+        before = self.rows[-1] if self.rows else {"seconds": 0, "cpu_seconds": 0}
+        self.start = time.time() - before["seconds"], time.process_time() - before["cpu_seconds"]
+
+    def progress(self, num_iterations):
+        """A progress bar over the iterations still to go, numbered from 1; says what of the options does not count."""
+        if num_iterations * self.samples < self.args["total_timesteps"]:
+            print(f"total_timesteps is cut to {num_iterations * self.samples}, a multiple of num_envs x num_steps.")
+        if (self.args["algo"], self.args["backtracking"]) != ("magpo", "soft"):
+            print("{algo}, {backtracking} backtracking: lambda is {lam}, delta {delta}, whatever you gave.".format(**self.args))
+        bar = dict(unit="step", unit_scale=self.samples, initial=self.iteration, total=num_iterations, disable=not self.leads)
+        return tqdm(range(self.iteration + 1, num_iterations + 1), **bar)
+
+    def restore(self, parts):
+        """Load what has a state_dict -> what else was saved "here": empty at a start, or if the episodes start anew."""
+        for name, part in parts.items() if self.saved else ():
+            part.load_state_dict(self.saved[name])
+        here = self.saved.get("here", {})
+        if here.get("device") == self.device.type:
+            self.generator.set_state(here["generator"].cpu())
+            return here
+        if self.saved:
+            print("Episodes start anew: these environments cannot be saved, or not from this device or number of processes.")
+        if self.seed != self.args["seed"]:
+            torch.manual_seed(self.seed)
+        return {}
+
+    def stops(self, stop):
+        """Whether any process has something in its list `stop`; if so, says how to go on."""
+        if stops := bool(gather(torch.full((1, 1), len(stop), device=self.device)).any()):
+            print(f"Stopped after iteration {self.iteration}. To go on: python magpo.py --resume {self.path}")
+        return stops
+
+    def save(self, parts, envs, air):
+        """Replace the checkpoint at once: whoever is killed meanwhile, or finds the disk full, leaves the old one whole."""
+        here = dict(envs=envs.state_dict(), air=air, generator=self.generator.get_state(), device=self.device.type)
+        contents = dict(version=VERSION, args=self.args | {"resume": ""}, iteration=self.iteration, rows=self.rows)
+        contents |= {name: part.state_dict() for name, part in parts.items()}
+        memory = io.BytesIO()
+        torch.save(contents | {"here": here if here["envs"] and WORLD == 1 else {}}, memory)
+        if self.leads:
+            with open(self.path / "checkpoint.tmp", "wb") as file:
+                file.write(memory.getbuffer()), file.flush(), os.fsync(file.fileno())
+            os.replace(file.name, self.path / "checkpoint.pt")
+
+    def log(self, iteration, row):
+        """Count an iteration as done, and add its row, behind the step and the times so far, to metrics.csv and TensorBoard."""
+        self.iteration, step = iteration, iteration * self.samples
+        if not self.leads:
+            return
+        row = dict(step=step, seconds=time.time() - self.start[0], cpu_seconds=time.process_time() - self.start[1]) | row
+        if self.table is None:
+            self.file = open(self.path / "metrics.csv", "w", newline="")
+            self.table = csv.DictWriter(self.file, row)
+            self.table.writeheader(), self.table.writerows(self.rows)
+        self.rows.append(row)
+        self.table.writerow(row), self.file.flush()
+        for name, value in row.items():
+            self.writer.add_scalar(name, value, step)
+
+    def close(self):
+        """Close the files, and say where they are."""
+        self.writer.close()
+        if self.file:  # a finished run may be resumed, to no effect
+            self.file.close()
+        print(f"Everything is in {self.path}")

@@ -18,30 +18,21 @@ Where paper, official code and this file differ, TUTORIAL.md has the table. In s
 fixed agent order, so that an unchanged guider's importance ratio is 1; time-outs bootstrap instead of counting as terminal.
 """
 
-import csv
-import json
 import math
 import re
 import sys
-import time
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
 from typing import Literal
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
-from matplotlib.figure import Figure
 from torch.distributions import Categorical, Distribution, Independent, Normal, kl_divergence
-from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
-from envs import make
+from envs import WORLD, Run, catch_signals, check_finite, gather, make_envs, read_checkpoint, share_gradients
 
 Distribution.set_default_validate_args(False)  # validation reads values back from the device at every call
-
-# --- Options ----------------------------------------------------------------------------------------------------------
 
 PRESETS = {  # by the environment's family, the first word of its name
     "mpe": dict(total_timesteps=1_600_000),
@@ -91,6 +82,10 @@ class Args:
     hidden_dim: int = 128  # width of the learners
     eval_every: int = 10  # iterations between two evaluations of the learners
     eval_episodes: int = 1024  # episodes behind each line of the final table
+    save_every: int = 25  # iterations between two checkpoints
+    resume: str = ""  # run folder of a run to go on with, by its own options
+    eval: str = ""  # checkpoint to evaluate instead of training; --env may name another environment of the same shape
+    render: str = ""  # with --eval: picture of the learners, a .gif of mpe_spread and pettingzoo:, else a .png
 
     def __init__(self, **given):
         known = {field.name: field.default for field in fields(self)}
@@ -112,28 +107,25 @@ def validate(args):
     for name, value in asdict(args).items():
         if type(value) in (int, float) and not (value > 0 or value == 0 and name in may_be_zero):
             raise ValueError(f"{name} must {'not be negative' if name in may_be_zero else 'be above 0'}, but is {value}.")
-    samples = args.num_envs * (1 if args.recurrent else args.num_steps)
+    samples = args.num_envs // WORLD * (1 if args.recurrent else args.num_steps)
     for good, message in (
         (max(args.gamma, args.gae_lambda) <= 1, "gamma and gae_lambda must lie in [0, 1]."),
         (args.delta > 1, f"delta must be above 1 (the guider's distance from the learners), but is {args.delta}."),
-        (samples % args.num_minibatches == 0, "num_minibatches must divide num_envs x num_steps, or num_envs if recurrent."),
+        (
+            samples % args.num_minibatches == 0,
+            "num_minibatches must divide a process's num_envs x num_steps, or num_envs if recurrent.",
+        ),
         (args.seed < 2**32, f"seed must lie in [0, 2**32), but is {args.seed}."),
         (not (args.algo == "mappo" and args.residual), "mappo has no guider policy, so it knows neither residual nor reset."),
         (args.num_workers in (0, args.num_envs), "num_workers must be 0 or num_envs: gymnasium runs one process per copy."),
+        (args.num_envs % WORLD == 0, f"num_envs must be a multiple of torchrun's processes, {WORLD}."),
         (args.total_timesteps >= args.num_envs * args.num_steps, "total_timesteps is below one rollout, num_envs x num_steps."),
     ):
         if not good:
             raise ValueError(message)
     make_envs(args, 1).close()
-
-
-def make_envs(args, num_envs, device="cpu"):
-    """E copies of the environment that the options name -> gymnasium.vector.VectorEnv; ValueError if they cannot be made."""
-    try:
-        kwargs = dict(**json.loads(args.env_kwargs))
-    except (ValueError, TypeError):
-        raise ValueError(f"env_kwargs must be a JSON object such as '{{\"N\": 5}}', not {args.env_kwargs!r}.") from None
-    return make(args.env, num_envs, device, num_envs if args.num_workers else 0, args.state, **kwargs)
+    if args.resume:
+        read_checkpoint(args.resume)
 
 
 # --- Networks ---------------------------------------------------------------------------------------------------------
@@ -387,38 +379,34 @@ def empty_memories(args, envs, device):
     return [[torch.zeros(E, N, dim, device=device), starts] for dim in (args.embed_dim, args.hidden_dim)]
 
 
-def train(args):
-    """Train a team -> Path of the run's folder (checkpoint.pt, metrics.csv, TensorBoard events, curve.png); or ValueError."""
-    validate(args)
-    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
-    if args.cuda and device.type == "cpu":
-        print("--cuda: PyTorch sees no GPU here; training on the CPU.")
-    torch.manual_seed(args.seed)
-    torch.use_deterministic_algorithms(args.torch_deterministic, warn_only=True)
-    torch.set_num_threads(args.torch_threads)
+def train(args, stop=()):
+    """Train a team -> Path of the run's folder (checkpoint.pt, metrics.csv, TensorBoard events).
 
-    envs = make_envs(args, args.num_envs, device)
+    Args:
+        stop: a list; once something is in it, training ends after the iteration, to be resumed.
+
+    Raises ValueError: an option cannot work. FloatingPointError: a number is not finite. OSError: a file cannot be written.
+    """
+    validate(args)
+    run = Run(asdict(args))  # its folder, checkpoints, processes, device, threads and seed: envs.py
+    args, device = Args(**run.args), run.device
+    T, E, samples = args.num_steps, args.num_envs // WORLD, args.num_envs * args.num_steps
+    envs = make_envs(args, E, device)
     guider, learner = (network.to(device) for network in build(args, envs))
     parameters = [*guider.parameters(), *learner.parameters()]  # one Adam, as it treats every parameter by itself
+    share_gradients(parameters)
     optimizer = torch.optim.Adam(parameters, args.learning_rate, eps=1e-5, fused=True)
     value_norm = ValueNorm().to(device)
-    run_dir = Path(args.runs_dir) / f"{args.env}__{args.algo}__{args.seed}__{time.time():.2f}".replace(":", "_")
-    run_dir.mkdir(parents=True)
-    writer, log = SummaryWriter(run_dir), open(run_dir / "metrics.csv", "w", newline="")
-
-    T, E = args.num_steps, args.num_envs
-    obs, infos = envs.reset(seed=args.seed)
-    memories = empty_memories(args, envs, device)
-    starts, returns_so_far = memories[0][1], torch.zeros(E, device=device)  # starts: an episode starts with obs
+    parts = dict(guider=guider, learner=learner, optimizer=optimizer, value_norm=value_norm)
+    here = run.restore(parts)  # the episodes that were in the air when the checkpoint was written; empty at a start
+    obs, infos = envs.reset(seed=run.seed, options=here.get("envs"))
+    memories, returns_so_far = here.get("air") or (empty_memories(args, envs, device), torch.zeros(E, device=device))
     guider_inputs, critic_inputs = ("base", "action_mask", "active", "state"), ("active", "state")
-    start, start_cpu, rows = time.time(), time.process_time(), []
-    num_iterations = args.total_timesteps // (T * E)
-    if num_iterations * T * E < args.total_timesteps:
-        print(f"total_timesteps is cut to {num_iterations * T * E}, a multiple of num_envs x num_steps.")
-    if args.algo != "magpo" or args.backtracking == "reset":
-        print(f"{args.algo}, {args.backtracking} backtracking: lambda is {args.lam}, delta {args.delta}, whatever you gave.")
+    num_iterations = args.total_timesteps // samples
     print(envs.note, end="\n" if envs.note else "")
-    for iteration in (progress := tqdm(range(1, num_iterations + 1), unit_scale=T * E, unit="step")):
+    for iteration in (progress := run.progress(num_iterations)):
+        if run.iteration % args.save_every == 0:
+            run.save(parts, envs, (memories, returns_so_far))
         remaining = 1 - (iteration - 1) / num_iterations if args.anneal_lr else 1.0
         optimizer.param_groups[0]["lr"] = args.learning_rate * remaining
         if args.backtracking == "reset":
@@ -429,8 +417,7 @@ def train(args):
         steps, first_hidden = [], [hidden for hidden, _ in memories]
         with torch.no_grad():
             for _ in range(T):
-                step = dict(obs=obs, starts=starts) | pick(infos, *guider_inputs)
-                memories[0][1] = memories[1][1] = starts
+                step = dict(obs=obs, starts=memories[0][1]) | pick(infos, *guider_inputs)
                 if args.residual or args.recurrent or args.algo == "mappo":  # the learners' memory goes on, whoever acts
                     params = learner.params(obs, memories[1])
                     step |= dict(base=params) if args.residual else {}
@@ -441,7 +428,9 @@ def train(args):
                 else:
                     actions, logprobs, values = guider.act(obs, **pick(step, *guider_inputs), memory=memories[0])
                 obs, rewards, terminations, truncations, infos = envs.step(actions)
-                starts = terminations | truncations
+                if device.type == "cpu" or ":" in args.env:  # our own environments need no check that would stall a GPU
+                    check_finite(iteration, f"a fault in {args.env}", dict(observation=obs, reward=rewards))
+                memories[0][1] = memories[1][1] = starts = terminations | truncations  # an episode starts with obs
                 returns_so_far = returns_so_far + rewards
                 step |= dict(actions=actions, logprobs=logprobs, values=values, hidden=memories[0][0], rewards=rewards)
                 step |= dict(terminations=terminations, truncations=truncations, episode_returns=returns_so_far)
@@ -458,12 +447,14 @@ def train(args):
             next_values = guider.encode(**last, memory=goes_on)[1].view_as(values) * std + mean
             rewards, *ended = (buffer[name][..., None] for name in ("rewards", "terminations", "truncations"))  # (T, E, 1)
             advantages, returns = compute_gae(rewards, values, next_values, *ended, args.gamma, args.gae_lambda)
-            live = buffer.get("active", ...)  # mask of the agents still there (the others have no policy loss), or ... for all
-            explained_variance = 1 - (returns - values)[live].var() / returns[live].var().clamp(min=1e-8)
-            value_norm.update(returns)
+            # Statistics are over all processes, and over the agents still there: the others have no policy loss
+            live = gather(buffer["active"]) if "active" in buffer else ...
+            errors, all_returns, all_advantages = gather(returns - values)[live], gather(returns), gather(advantages)[live]
+            explained_variance = 1 - errors.var() / all_returns[live].var().clamp(min=1e-8)
+            value_norm.update(all_returns)
             mean, std = value_norm.stats()
             buffer["returns"] = (returns - mean) / std
-            buffer["advantages"] = (advantages - advantages[live].mean()) / (advantages[live].std() + 1e-8)
+            buffer["advantages"] = (advantages - all_advantages.mean()) / (all_advantages.std() + 1e-8)
 
         # Minibatches index axis 1: T x E single steps as (1, T E, ...), or with memory E whole sequences as (T, E, ...)
         batch = pick(buffer, "obs", "starts", "actions", "logprobs", "advantages", "returns", *guider_inputs)
@@ -502,31 +493,24 @@ def train(args):
                 losses.append(torch.stack([loss_mu, loss_pi, loss_v, kl[live].mean(), entropy, mask, clipped, *norms]).detach())
 
         names = "guider_loss learner_loss value_loss kl entropy mask_frac clip_frac guider_grad_norm learner_grad_norm".split()
-        row = dict(step=iteration * T * E, seconds=time.time() - start, cpu_seconds=time.process_time() - start_cpu)
-        finished = buffer["episode_returns"][buffer["terminations"] | buffer["truncations"]]
-        row |= dict(guider_return=finished.mean().item(), learner_return=math.nan)  # nan: no episode ended
-        row |= dict(zip(names, torch.stack(losses).mean(0).tolist()), explained_variance=explained_variance.item())
-        if iteration % args.eval_every == 0 or iteration in (1, num_iterations):
-            row["learner_return"] = evaluate(args, guider, learner, "learner", args.num_envs, args.seed + 1).mean().item()
+        finished = gather(buffer["episode_returns"])[gather(buffer["terminations"] | buffer["truncations"])]
+        losses = torch.stack(losses)  # (minibatches, names)
+        check_finite(iteration, "too high a learning rate", dict(zip(names, losses.unbind(1))))
+        row = dict(guider_return=finished.mean().item(), learner_return=math.nan)  # nan: no episode ended
+        row |= dict(zip(names, gather(losses[None]).mean((0, 1)).tolist()), explained_variance=explained_variance.item())
+        if run.leads and (iteration % args.eval_every == 0 or iteration in (1, num_iterations)):
+            row["learner_return"] = evaluate(args, guider, learner, "learner", E, args.seed + 1).mean().item()
             progress.set_postfix(guider=f"{row['guider_return']:.2f}", learners=f"{row['learner_return']:.2f}")
-        rows.append(row)
-        table = csv.DictWriter(log, row.keys())
-        table.writeheader() if iteration == 1 else None
-        table.writerow(row), log.flush()
-        for name, value in row.items():
-            writer.add_scalar(name, value, row["step"])
+        run.log(iteration, row)
+        if run.stops(stop):
+            break
 
-    torch.save(dict(args=asdict(args), guider=guider.state_dict(), learner=learner.state_dict()), run_dir / "checkpoint.pt")
-    axes = (figure := Figure()).subplots()
-    for name in ("guider_return", "learner_return"):
-        points = [(row["step"], row[name]) for row in rows if not math.isnan(row[name])]
-        axes.plot(*zip(*points), label=name.replace("_", " "))
-    axes.set(xlabel="environment steps", ylabel="mean team return", title=run_dir.name), axes.legend()
-    figure.savefig(run_dir / "curve.png", dpi=120)
-    print_table(args, guider, learner, envs.references)
-    log.close(), writer.close(), envs.close()
-    print(f"Everything is in {run_dir}")
-    return run_dir
+    run.save(parts, envs, (memories, returns_so_far))
+    envs.close()
+    if run.leads:
+        print_table(args, guider, learner)
+        run.close()
+    return run.path
 
 
 @torch.no_grad()
@@ -561,37 +545,56 @@ def evaluate(args, guider, learner, policy, episodes, seed):
     return total[:-1].flatten()
 
 
-def print_table(args, guider, learner, references):
+def print_table(args, guider, learner):
     """Print mean team return and 95 % confidence interval of guider and learners, beside the environment's references."""
     print(f"{args.env}, {args.algo}, seed {args.seed}: mean team return over {args.eval_episodes} episodes")
     for policy in ("learner", "learner_greedy") + ("guider",) * (args.algo != "mappo"):
         total = evaluate(args, guider, learner, policy, args.eval_episodes, args.seed + 2)
         print(f"  {policy:22s} {total.mean():9.2f} +- {1.96 * total.std() / math.sqrt(len(total)):.2f}")
-    for name, score in references.items():
+    for name, score in make_envs(args, 1).references.items():
         print(f"  {f'({name})':22s} {score:9.2f}")
 
 
-def load(path):
-    """Read a checkpoint -> Args, Guider, Learner (on the CPU)."""
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    args = Args(**checkpoint["args"])
+def load(path, **changes):
+    """Read a checkpoint -> Args with changes, Guider, Learner (on the CPU); ValueError if it cannot be read or does not fit."""
+    checkpoint = read_checkpoint(path)
+    args = Args(**checkpoint["args"] | changes)
     envs = make_envs(args, 1)
     guider, learner = build(args, envs)
     envs.close()
-    guider.load_state_dict(checkpoint["guider"]), learner.load_state_dict(checkpoint["learner"])
+    try:
+        guider.load_state_dict(checkpoint["guider"]), learner.load_state_dict(checkpoint["learner"])
+    except RuntimeError:
+        raise ValueError(f"{path} does not fit {args.env}: other agents, observations, actions or networks.") from None
     return args, guider, learner
 
 
 def main():
-    """The command line: options as in Args; wrong ones end in one sentence and exit code 2."""
+    """The command line: options as in Args; wrong ones end in one sentence and exit code 2, what stops a run in 1, 130 or 143."""
     env = re.findall(r"--env[ =](\S+)", " ".join(sys.argv))
-    args = tyro.cli(Args, default=Args(env=env[-1] if env else Args.env))  # so that --help shows the preset, too
+    default = Args(env=env[-1] if env else Args.env)  # so that --help shows the preset, too
+    args = tyro.cli(Args, default=default)
+    given = {name: value for name, value in asdict(args).items() if value != getattr(default, name) or env and name == "env"}
     try:
+        if args.resume and len(given) > 1:
+            raise ValueError("--resume goes on by the run's own options: give no others.")
         validate(args)
+        if args.eval:
+            args, guider, learner = load(args.eval, **given)
+            print_table(args, guider, learner)
+            if args.render:
+                from figures.watch import render  # loads what only pictures need
+
+                render(args, learner, args.render)
+            return
     except ValueError as error:
         print(f"magpo.py: {error}", file=sys.stderr)
         sys.exit(2)
-    train(args)
+    try:
+        train(args, stop := catch_signals())
+    except (OSError, FloatingPointError) as error:
+        sys.exit(f"magpo.py: {error}; the last checkpoint is as it was.")
+    sys.exit(128 + stop[0] if stop else 0)
 
 
 if __name__ == "__main__":

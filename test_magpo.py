@@ -7,12 +7,15 @@ expectations over all joint actions.
 import csv
 import itertools
 import math
+import multiprocessing
 import os
 import random
 import re
 import shlex
+import signal
 import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -21,17 +24,21 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
+from mpe2 import simple_spread_v3
 from pettingzoo import ParallelEnv
+from PIL import Image, ImageOps, ImageSequence
 
 import envs
 import magpo
-from figures import theory
+from figures import theory, watch
 
 HERE = Path(__file__).parent
 torch.set_num_threads(1)
 
 
-def networks(num_agents=4, obs_dim=6, action_dim=5, continuous=False, seed=0, dtype=torch.float64, recurrent=False, state_dim=0):
+def networks(
+    num_agents=4, obs_dim=6, action_dim=5, continuous=False, seed=0, dtype=torch.float64, recurrent=False, state_dim=0
+):
     """A guider and a learner whose outputs are far from uniform, so that every dependence shows."""
     torch.manual_seed(seed)
     guider = magpo.Guider(num_agents, obs_dim, action_dim, continuous, 16, recurrent, state_dim).to(dtype)
@@ -141,7 +148,10 @@ def test_memory_over_a_rollout_equals_step_by_step():
     T, B, N = 7, 5, 4
     obs, starts = torch.randn(T, B, N, 6, dtype=torch.float64), torch.rand(T, B) < 0.3
     hidden, actions = torch.randn(B, N, 16, dtype=torch.float64), torch.randint(5, (T, B, N))
-    for call in (lambda x, a, memory: learner(x, memory=memory).logits, lambda x, a, memory: guider(x, a, memory=memory)[0].logits):
+    for call in (
+        lambda x, a, memory: learner(x, memory=memory).logits,
+        lambda x, a, memory: guider(x, a, memory=memory)[0].logits,
+    ):
         unrolled, memory = [hidden, starts], [hidden, None]
         expected = call(obs, actions, unrolled)
         for t in range(T):
@@ -293,7 +303,9 @@ def test_guider_loss_without_bound_is_ppo():
     assert loss.item() == pytest.approx(ppo.item(), abs=1e-12) and mask == 0
 
 
-@pytest.mark.parametrize("pi, advantage, surrogate", [(0.28, 1, 1.12), (0.4, 1, 1.2), (0.4, -1, -1.6), (0.1, -1, -0.8), (0.1, 1, 0.4)])
+@pytest.mark.parametrize(
+    "pi, advantage, surrogate", [(0.28, 1, 1.12), (0.4, 1, 1.2), (0.4, -1, -1.6), (0.1, -1, -0.8), (0.1, 1, 0.4)]
+)
 def test_learner_loss_by_hand(pi, advantage, surrogate):
     log_pi, old = torch.tensor([math.log(pi)]), torch.tensor([math.log(0.25)])
     loss = magpo.learner_loss(log_pi, old, torch.tensor([float(advantage)]), torch.tensor([0.3]), clip_coef=0.2, lam=2.0)
@@ -368,7 +380,9 @@ def test_simple_spread_is_mpe2(num_agents, continuous):
         ours.landmarks = torch.tensor(np.array([[landmark.state.p_pos for landmark in world.landmarks]]))
         for step in range(25):
             if continuous:
-                actions = (rng.integers(65, size=(num_agents, 5)) / 64).astype(np.float32)  # exact where mpe2 subtracts in float32
+                actions = (rng.integers(65, size=(num_agents, 5)) / 64).astype(
+                    np.float32
+                )  # exact where mpe2 subtracts in float32
             else:
                 actions = rng.integers(5, size=num_agents)
             _, rewards, _, timeouts, _ = real.step(dict(zip(real.agents, actions)))
@@ -403,7 +417,9 @@ def test_coordsum_is_the_rules(env_id):
                 for i in range(num_agents):  # random splits of the target, so that most of them hit
                     low = max(0, rest - (num_agents - 1 - i) * (num_actions - 1))
                     high = min(num_actions - 1, rest)
-                    actions[e, i] = rng.integers(low, high + 1) if low <= high and i < num_agents - 1 else min(rest, num_actions - 1)
+                    actions[e, i] = (
+                        rng.integers(low, high + 1) if low <= high and i < num_agents - 1 else min(rest, num_actions - 1)
+                    )
                     rest -= actions[e, i]
                 counts = [plays[e][target].count(a) for a in range(num_actions)]
                 habit = counts.index(max(counts))
@@ -683,7 +699,11 @@ def test_continuous_actions_in_the_unit_box_are_stretched_to_the_space(fake):
     assert (env.single_action_space.low == 0).all() and (env.single_action_space.high == 1).all()
     env.step(torch.tensor([[[9.0, -9.0]] * 3, [[0.6, 0.5]] * 3]))
     taken = [copy.taken[-1]["b"] for copy in copies(env)]
-    assert taken[0].tolist() == [[3], [0]] and taken[1] == pytest.approx(np.array([[1], [0.5]]), abs=1e-6) and taken[0].dtype == np.float64
+    assert (
+        taken[0].tolist() == [[3], [0]]
+        and taken[1] == pytest.approx(np.array([[1], [0.5]]), abs=1e-6)
+        and taken[0].dtype == np.float64
+    )
 
 
 def test_discrete_actions_that_do_not_start_at_zero(fake):
@@ -840,7 +860,9 @@ def test_tuple_environments(shared, monkeypatch):
         assert terminations.all() == (step % 3 == 0) and not truncations.any()
         assert (infos["final_obs"][:, 0, :2] == 1 + (step - 1) % 3).all() and (infos["final_obs"][:, 1] == 2).all()
         assert "active" not in infos and not env.references and env.note
-    assert torch.equal(env.reset(seed=1)[0], env.reset(seed=1)[0]) and not torch.equal(env.reset(seed=0)[0], env.reset(seed=1)[0])
+    assert torch.equal(env.reset(seed=1)[0], env.reset(seed=1)[0]) and not torch.equal(
+        env.reset(seed=0)[0], env.reset(seed=1)[0]
+    )
     with pytest.raises(ValueError, match=r"has no state\(\)"):
         envs.make("gym:FakeTuple-v0", 3, state=True)
 
@@ -1257,9 +1279,15 @@ def test_a_run_leaves_everything_behind(tmp_path, capsys):
     run_dir = magpo.train(magpo.Args(env="mpe_spread", runs_dir=str(tmp_path), **QUICK))
     assert re.fullmatch(r"mpe_spread__magpo__1__[\d.]+", run_dir.name)
     names = {path.name for path in run_dir.iterdir()}
-    assert {"checkpoint.pt", "metrics.csv", "curve.png"} < names and any(name.startswith("events") for name in names)
+    assert {"checkpoint.pt", "metrics.csv"} < names and any(name.startswith("events") for name in names)
     printed = capsys.readouterr().out
-    for line in (r"learner +-\d+\.\d+ \+- \d", r"learner_greedy +-\d", r"guider +-\d", r"\(random\) +-26.34", r"\(heuristic\) +-7.63"):
+    for line in (
+        r"learner +-\d+\.\d+ \+- \d",
+        r"learner_greedy +-\d",
+        r"guider +-\d",
+        r"\(random\) +-26.34",
+        r"\(heuristic\) +-7.63",
+    ):
         assert re.search(line, printed)
     assert [row["step"] for row in read_metrics(run_dir)] == ["40", "80", "120"]
     args, guider, learner = magpo.load(run_dir / "checkpoint.pt")
@@ -1451,12 +1479,21 @@ def test_the_tutorials_own_environment_is_learned(tmp_path):
     """The example of TUTORIAL.md as it stands there: two agents learn to name a number."""
     (code,) = re.findall(r"```python\n(.*?)```", (HERE / "TUTORIAL.md").read_text(), re.S)
     (tmp_path / "my_team.py").write_text(code)
-    result = run(f"python {HERE / 'magpo.py'} --env pettingzoo:my_team --total-timesteps 2400 --eval-episodes 64", tmp_path, {"PYTHONPATH": "."})
+    result = run(
+        f"python {HERE / 'magpo.py'} --env pettingzoo:my_team --total-timesteps 2400 --eval-episodes 64",
+        tmp_path,
+        {"PYTHONPATH": "."},
+    )
     assert result.returncode == 0, result.stderr
     assert float(re.search(r"learner +([\d.]+)", result.stdout)[1]) > 0.9  # random: 1 / 9
 
 
-OTHERS = ("mpe2.simple_spread_v3", "mpe2.simple_reference_v3", "mpe2.simple_speaker_listener_v4", "butterfly.knights_archers_zombies_v11")
+OTHERS = (
+    "mpe2.simple_spread_v3",
+    "mpe2.simple_reference_v3",
+    "mpe2.simple_speaker_listener_v4",
+    "butterfly.knights_archers_zombies_v11",
+)
 OTHERS = [f"pettingzoo:{name}" for name in OTHERS]
 OTHERS += [f"gym:{name}" for name in ("Foraging-8x8-2p-2f-coop-v3", "Foraging-2s-8x8-2p-2f-coop-v3", "rware-tiny-2ag-v2")]
 
@@ -1466,7 +1503,9 @@ def test_the_critic_counts_what_the_team_earns_after_an_agent_left(tmp_path, fak
     """Agent b leaves in step 5 of 20, the others go on to earn 1 per step; b's value must hold its share of that."""
     leaves = {agent: (5 if agent == "b" else 20, "terminated") for agent in "abc"}
     monkeypatch.setattr(sys.modules["fake"], "parallel_env", lambda: Fake(leaves=leaves, rewards=dict.fromkeys("abc", 1.0)))
-    options = dict(num_steps=20, total_timesteps=160 * 100, learning_rate=1e-3, eval_every=1000, eval_episodes=8, max_grad_norm=9.0)
+    options = dict(
+        num_steps=20, total_timesteps=160 * 100, learning_rate=1e-3, eval_every=1000, eval_episodes=8, max_grad_norm=9.0
+    )
     seen = []
     monkeypatch.setattr(magpo, "compute_gae", lambda *inputs, gae=magpo.compute_gae: seen.append(inputs) or gae(*inputs))
     magpo.train(magpo.Args(env="pettingzoo:fake", runs_dir=str(tmp_path), **options))
@@ -1495,7 +1534,12 @@ def test_other_peoples_environments_train_without_a_warning(env, tmp_path):
 
 def test_networks_start_orthogonal_and_nearly_uniform():
     guider, learner = magpo.Guider(3, 6, 5, dim=16), magpo.Learner(3, 6, 5, dim=16)
-    for layer, gain in ((guider.features.hidden, 5 / 3), (learner.features.obs_in, 3), (learner.hidden, 5 / 3), (learner.policy_head, 0.1)):
+    for layer, gain in (
+        (guider.features.hidden, 5 / 3),
+        (learner.features.obs_in, 3),
+        (learner.hidden, 5 / 3),
+        (learner.policy_head, 0.1),
+    ):
         weight = layer.weight.double() / gain
         product = weight @ weight.T if len(weight) <= weight.shape[1] else weight.T @ weight
         torch.testing.assert_close(product, torch.eye(len(product)).double(), rtol=0, atol=1e-6)
@@ -1545,7 +1589,11 @@ def test_acting_with_everything_equals_the_parallel_pass():
 
 def test_the_base_is_added():
     guider, _ = networks()
-    obs, actions, base = torch.randn(9, 4, 6, dtype=torch.float64), torch.randint(5, (9, 4)), torch.randn(9, 4, 5, dtype=torch.float64)
+    obs, actions, base = (
+        torch.randn(9, 4, 6, dtype=torch.float64),
+        torch.randint(5, (9, 4)),
+        torch.randn(9, 4, 5, dtype=torch.float64),
+    )
     plain, based = (guider(obs, actions, b)[0].logits for b in (None, base))
     torch.testing.assert_close(based, (plain + base).log_softmax(-1))
 
@@ -1602,7 +1650,9 @@ class Chaos:
         E, rng = self.num_envs, self.rng
         mask, active = torch.rand(E, 3, 4, generator=rng) < 0.6, torch.rand(E, 3, generator=rng) < 0.7
         mask[..., 1] = active[:, 0] = True
-        return dict(obs=torch.randn(E, 3, 2, generator=rng), action_mask=mask, active=active, state=torch.randn(E, 5, generator=rng))
+        return dict(
+            obs=torch.randn(E, 3, 2, generator=rng), action_mask=mask, active=active, state=torch.randn(E, 5, generator=rng)
+        )
 
     def _infos(self, final):
         return {k: x for k, x in self.now.items() if k != "obs"} | {f"final_{k}": x for k, x in final.items()}
@@ -1642,7 +1692,9 @@ def chaos(monkeypatch, tmp_path):
 
         class Spy(Adam):
             def step(self):
-                norms = [torch.stack([p.grad.norm() for p in net.parameters() if p.grad is not None]).norm() for net in seen["nets"]]
+                norms = [
+                    torch.stack([p.grad.norm() for p in net.parameters() if p.grad is not None]).norm() for net in seen["nets"]
+                ]
                 before = [[p.detach().clone() for p in net.parameters()] for net in seen["nets"]]
                 super().step()
                 moved = [any((p != q).any() for p, q in zip(net.parameters(), old)) for net, old in zip(seen["nets"], before)]
@@ -1706,7 +1758,16 @@ def replay(seen):
             (mu_hidden, _), (pi_hidden, _) = memories
             after = guider.encode(last["obs"], last["active"], last["state"], [mu_hidden, on])[1]
             mu = pi if args.algo == "mappo" else mu
-            rows.append([mu.log_prob(here["actions"]), pi.log_prob(here["actions"]), value, after, mu.entropy(), magpo.kl_divergence(mu, pi)])
+            rows.append(
+                [
+                    mu.log_prob(here["actions"]),
+                    pi.log_prob(here["actions"]),
+                    value,
+                    after,
+                    mu.entropy(),
+                    magpo.kl_divergence(mu, pi),
+                ]
+            )
             if here["terminations"] | here["truncations"]:
                 mu_hidden, pi_hidden = torch.zeros(2, 1, 3, 16).unbind(0)
     stacked = (torch.cat(x).detach().view(args.num_envs, -1, 3).transpose(0, 1) for x in zip(*rows))
@@ -1722,7 +1783,8 @@ def test_training_on_what_was_seen(algo, recurrent, chaos):
     log, args = seen["log"], seen["args"]
     mu, pi, V, after, entropy, kl = replay(seen)
     active, rewards, *ended = (
-        torch.stack([step[name] for step in log]).unflatten(0, (-1, 7)) for name in ("active", "rewards", "terminations", "truncations")
+        torch.stack([step[name] for step in log]).unflatten(0, (-1, 7))
+        for name in ("active", "rewards", "terminations", "truncations")
     )
     assert all(x.any() for x in ended)
     close = lambda x, y: torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-5)  # noqa: E731
@@ -1742,7 +1804,10 @@ def test_training_on_what_was_seen(algo, recurrent, chaos):
         assert row["explained_variance"] == pytest.approx(1 - unexplained.item(), abs=1e-3)
         all_returns.append(returns)  # of all agents: values of those that left are bootstrapped from
         weights = [0.99 ** (k - i) for i in range(k + 1)]
-        mean, square = (sum(w * f(x) for w, x in zip(weights, all_returns)) / sum(weights) for f in (torch.mean, lambda x: x.square().mean()))
+        mean, square = (
+            sum(w * f(x) for w, x in zip(weights, all_returns)) / sum(weights)
+            for f in (torch.mean, lambda x: x.square().mean())
+        )
         std = (square - mean**2).sqrt()
         targets = (returns - mean) / std
         normal = (advantages - advantages[live].mean()) / advantages[live].std()
@@ -1755,7 +1820,11 @@ def test_training_on_what_was_seen(algo, recurrent, chaos):
             close(x.detach().flatten(), flat(expected))
         assert args_mu[5:] == (args.clip_coef, args.delta) and args_pi[4:] == (args.clip_coef, args.lam)
         loss_v = 0.5 * (V[k] - targets).square().mean().item()
-        for name, expected in (("value_loss", loss_v), ("entropy", entropy[k][live].mean().item()), ("kl", kl[k][live].mean().item())):
+        for name, expected in (
+            ("value_loss", loss_v),
+            ("entropy", entropy[k][live].mean().item()),
+            ("kl", kl[k][live].mean().item()),
+        ):
             assert row[name] == pytest.approx(expected, rel=1e-3, abs=1e-5)
         done = []
         for t in range(7):
@@ -1779,7 +1848,9 @@ def test_a_step_of_both_networks(algo, anneal_lr, chaos):
         assert seen["total"][k] == pytest.approx(total, rel=1e-5)
     if algo == "magpo":
         assert seen["rows"][0]["mask_frac"] > 0
-        assert all(call[1] == [True, False] for call in seen["guider"]) and all(call[1] == [False, True] for call in seen["learner"])
+        assert all(call[1] == [True, False] for call in seen["guider"]) and all(
+            call[1] == [False, True] for call in seen["learner"]
+        )
     else:
         assert all(call[1] == [False, True] for call in seen["guider"])
 
@@ -1888,3 +1959,477 @@ def test_state_is_given_on_demand_only():
         env = magpo.make_envs(args, 2)
         guider, _ = magpo.build(args, env)
         assert (guider.state_in is not None) == ("state" in env.reset(seed=0)[1]) == state
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A run that can be trusted: resume, stop, fail well, several processes
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class After(list):
+    """A list that something is put into when it has been asked for its length so many times, once per iteration."""
+
+    def __init__(self, iterations):
+        super().__init__([None] * (1 - iterations) if iterations < 1 else [])
+        self.left = iterations
+
+    def __len__(self):
+        self.left -= 1
+        return int(self.left <= 0)
+
+
+def without_times(rows):
+    return [{name: value for name, value in row.items() if "seconds" not in name} for row in rows]
+
+
+RESUMED = [
+    dict(env="mpe_spread", algo="mappo"),
+    dict(env="mpe_spread_partial", recurrent=True, state=True),
+    dict(env="coordsum_3x10", recurrent=True, num_steps=7, total_timesteps=8 * 7 * 5),
+    dict(env="matrix_sum10", backtracking="reset"),
+]
+
+
+@pytest.mark.parametrize("options", RESUMED, ids=lambda options: options["env"])
+def test_a_resumed_run_is_the_uninterrupted_one_to_the_last_bit(options, tmp_path, capsys):
+    args = QUICK | dict(total_timesteps=200, eval_episodes=8, save_every=4, runs_dir=str(tmp_path), seed=3) | options
+    whole = magpo.train(magpo.Args(**args))
+    part = magpo.train(magpo.Args(**args), After(2))
+    assert f"Stopped after iteration 2. To go on: python magpo.py --resume {part}" in capsys.readouterr().out
+    assert len(read_metrics(part)) == 2
+    torch.rand(5)  # what else drew random numbers meanwhile does not matter
+    assert magpo.train(magpo.Args(resume=str(part))) == part
+    assert without_times(read_metrics(part)) == without_times(read_metrics(whole))
+    ours, theirs = (torch.load(path / "checkpoint.pt", weights_only=True) for path in (part, whole))
+    assert ours["iteration"] == theirs["iteration"] == 5
+    for name in ("guider", "learner", "value_norm"):
+        assert all(torch.equal(x, y) for x, y in zip(ours[name].values(), theirs[name].values(), strict=True))
+    assert all(
+        torch.equal(x, y) for x, y in zip(ours["here"]["envs"].values(), theirs["here"]["envs"].values()) if torch.is_tensor(x)
+    )
+    seconds = [float(row["seconds"]) for row in read_metrics(part)]
+    assert seconds == sorted(seconds)
+
+
+def test_resuming_a_finished_run_changes_nothing(tmp_path):
+    run_dir = magpo.train(magpo.Args(env="matrix_xor", **QUICK | dict(eval_episodes=8), runs_dir=str(tmp_path)))
+    before = torch.load(run_dir / "checkpoint.pt", weights_only=True)
+    magpo.train(magpo.Args(resume=str(run_dir)))
+    after = torch.load(run_dir / "checkpoint.pt", weights_only=True)
+    assert before["iteration"] == after["iteration"] == 3 and len(read_metrics(run_dir)) == 3
+    assert all(torch.equal(before["learner"][name], after["learner"][name]) for name in before["learner"])
+
+
+def test_environments_that_cannot_be_saved_start_anew(tmp_path, capsys):
+    args = QUICK | dict(
+        env="pettingzoo:mpe2.simple_spread_v3", num_envs=2, num_minibatches=2, eval_episodes=2, total_timesteps=40
+    )
+    run_dir = magpo.train(magpo.Args(**args, runs_dir=str(tmp_path)), After(2))
+    magpo.train(magpo.Args(resume=str(run_dir)))
+    assert "Episodes start anew: these environments cannot be saved" in capsys.readouterr().out
+    assert [row["step"] for row in read_metrics(run_dir)] == ["10", "20", "30", "40"]
+
+
+class Malicious:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def damaged(kind, path, good):
+    """Write a file that is no checkpoint."""
+    content = {"empty": b"", "cut": good.read_bytes()[:-200], "foreign": b"Dear checkpoint,\nhow are you?\n"}.get(kind)
+    if kind == "malicious":
+        torch.save(dict(version=1, args=Malicious(path.with_name("pwned"))), path)
+    elif kind == "old":
+        torch.save(torch.load(good, weights_only=True) | {"version": 0}, path)
+    elif kind == "other":
+        torch.save({"weights": torch.zeros(3)}, path)
+    elif kind != "missing":
+        path.write_bytes(content)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Run folder of a very short training on mpe_spread, and what it printed."""
+    printed = types.SimpleNamespace(text="")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "builtins.print", lambda *words, **_: setattr(printed, "text", printed.text + " ".join(map(str, words)) + "\n")
+        )
+        args = magpo.Args(env="mpe_spread", **QUICK | dict(eval_episodes=16), runs_dir=str(tmp_path_factory.mktemp("runs")))
+        return magpo.train(args), printed.text
+
+
+@pytest.mark.parametrize("option", ["--eval", "--resume"])
+@pytest.mark.parametrize("kind", ["empty", "cut", "foreign", "malicious", "old", "other", "missing"])
+def test_what_is_no_checkpoint_is_refused_in_one_sentence(kind, option, trained, tmp_path, monkeypatch, capsys):
+    path = tmp_path / "checkpoint.pt"
+    damaged(kind, path, trained[0] / "checkpoint.pt")
+    monkeypatch.setattr(sys, "argv", ["magpo.py", option, str(tmp_path)])
+    with pytest.raises(SystemExit) as stop:
+        magpo.main()
+    printed = capsys.readouterr().err
+    assert stop.value.code == 2 and printed.count("\n") == 1 and f"{path} cannot be read as a checkpoint" in printed
+    assert not (tmp_path / "pwned").exists()
+    if kind == "malicious":  # the same file does run code where it is trusted
+        with pytest.raises(AttributeError):
+            torch.load(path, weights_only=False)["args"].keys()
+        assert (tmp_path / "pwned").exists()
+
+
+def test_eval_prints_the_table_of_the_run(trained, monkeypatch, capsys):
+    run_dir, printed = trained
+    monkeypatch.setattr(sys, "argv", ["magpo.py", "--eval", str(run_dir / "checkpoint.pt")])
+    magpo.main()
+    table = capsys.readouterr().out
+    assert "(heuristic)" in table and table in printed
+
+
+def test_eval_on_another_compatible_environment(trained, monkeypatch, capsys):
+    """The table's returns on mpe2 are those of mpe2 stepped by hand: see test_learners_score_the_same_on_mpe2."""
+    words = ["--eval", str(trained[0]), "--env", "pettingzoo:mpe2.simple_spread_v3", "--eval-episodes", "4", "--seed", "9"]
+    monkeypatch.setattr(sys, "argv", ["magpo.py", *words])
+    magpo.main()
+    table = capsys.readouterr().out
+    args, guider, learner = magpo.load(trained[0], env="pettingzoo:mpe2.simple_spread_v3", seed=9)
+    assert "pettingzoo:mpe2.simple_spread_v3, magpo, seed 9: mean team return over 4 episodes" in table
+    assert f"learner {magpo.evaluate(args, guider, learner, 'learner', 4, 11).mean():24.2f}" in table
+
+
+@pytest.mark.parametrize("env", ["mpe_spread_5ag", "mpe_spread_continuous", "coordsum_3x10"])
+def test_eval_refuses_an_environment_of_another_shape(env, trained, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["magpo.py", "--eval", str(trained[0]), "--env", env])
+    with pytest.raises(SystemExit) as stop:
+        magpo.main()
+    printed = capsys.readouterr().err
+    assert stop.value.code == 2 and printed.count("\n") == 1 and f"does not fit {env}" in printed
+
+
+def test_resume_takes_no_other_options(trained, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["magpo.py", "--resume", str(trained[0]), "--env", "mpe_spread"])
+    with pytest.raises(SystemExit) as stop:
+        magpo.main()
+    assert stop.value.code == 2 and "by the run's own options: give no others" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number, code", [(2, 130), (15, 143)])
+def test_a_signal_ends_the_run_after_its_iteration(number, code, tmp_path):
+    command = f"{sys.executable} {HERE / 'magpo.py'} --env coordsum_3x10 --eval-episodes 8 --total-timesteps 100000000"
+    with subprocess.Popen(
+        command.split(), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as process:
+        for _ in range(600):
+            if list(tmp_path.glob("runs/*/metrics.csv")):
+                break
+            time.sleep(0.1)
+        process.send_signal(number)
+        printed = process.communicate(timeout=60)[0]
+    (run_dir,) = tmp_path.glob("runs/*")
+    assert process.returncode == code and "learner_greedy" in printed
+    assert f"To go on: python magpo.py --resume {run_dir.relative_to(tmp_path)}" in printed
+    assert magpo.read_checkpoint(run_dir)["iteration"] == len(read_metrics(run_dir))
+
+
+@pytest.mark.slow
+def test_fifty_kills_leave_a_checkpoint_that_loads(tmp_path):
+    """kill -9 after random times, from 0 to 2 s; each process goes on from what the one before it left."""
+    options = dict(env="coordsum_3x10", num_envs=8, num_steps=10, num_minibatches=4, eval_episodes=8, save_every=3)
+    rng, process_of, iterations = random.Random(0), multiprocessing.get_context("fork").Process, []
+    for _ in range(50):
+        runs = list(tmp_path.glob("*/checkpoint.pt"))
+        args = (
+            magpo.Args(resume=str(runs[0].parent))
+            if runs
+            else magpo.Args(**options, runs_dir=str(tmp_path), total_timesteps=10**8)
+        )
+        process = process_of(target=magpo.train, args=(args,))
+        process.start()
+        process.join(rng.uniform(0, 2))
+        process.kill(), process.join()
+        for path in tmp_path.glob("*/checkpoint.pt"):
+            iterations.append(magpo.read_checkpoint(path)["iteration"])
+            if (path.parent / "metrics.csv").exists():
+                assert len(read_metrics(path.parent)) - iterations[-1] <= 3
+    assert iterations == sorted(iterations) and iterations[-1] > 10
+
+
+@pytest.mark.parametrize("part", ["observation", "reward"])
+def test_numbers_of_the_environment_that_are_not_finite_stop_the_run(part, tmp_path, fake, monkeypatch):
+    step, calls = Fake.step, []
+
+    def breaks(self, actions):
+        obs, rewards, *rest = step(self, actions)
+        calls.append(0)
+        if len(calls) > 2 * 200 + 2 * 8 * 5:  # after two probes and two iterations of 8 copies
+            broken = dict.fromkeys("abc", math.nan)
+            obs, rewards = (obs, broken) if part == "reward" else ({agent: math.nan * x for agent, x in obs.items()}, rewards)
+        return obs, rewards, *rest
+
+    monkeypatch.setattr(Fake, "step", breaks)
+    args = magpo.Args(
+        env="pettingzoo:fake", **QUICK | dict(eval_every=99, save_every=1, total_timesteps=200), runs_dir=str(tmp_path)
+    )
+    monkeypatch.setattr(magpo, "evaluate", lambda *_: torch.zeros(1))
+    with pytest.raises(
+        FloatingPointError, match=f"iteration [23]: {part} is not finite; likely cause: a fault in pettingzoo:fake"
+    ):
+        magpo.train(args)
+    (path,) = tmp_path.glob("*/checkpoint.pt")
+    assert magpo.read_checkpoint(path)["iteration"] >= 1
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch, capsys):
+    calls, loss = [], magpo.learner_loss
+    monkeypatch.setattr(magpo, "learner_loss", lambda *x: calls.append(0) or loss(*x) * (math.inf if len(calls) == 30 else 1))
+    words = "--env coordsum_3x10 --num-envs 8 --num-steps 5 --num-minibatches 4 --total-timesteps 400 --save-every 1 --runs-dir"
+    monkeypatch.setattr(sys, "argv", ["magpo.py", *words.split(), str(tmp_path)])
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with pytest.raises(SystemExit) as stop:
+        magpo.main()
+    signal.signal(signal.SIGINT, handlers[0]), signal.signal(signal.SIGTERM, handlers[1])
+    assert re.search("iteration 3: learner_loss is not finite; likely cause: too high a learning rate", stop.value.code)
+    (path,) = tmp_path.glob("*/checkpoint.pt")
+    saved = magpo.read_checkpoint(path)
+    assert saved["iteration"] == 2 and all(x.isfinite().all() for x in saved["learner"].values())
+
+
+def test_a_full_disk_leaves_the_checkpoint_before_it(tmp_path, monkeypatch):
+    calls, fsync = [], os.fsync
+
+    def full(file):
+        calls.append(0)
+        if len(calls) == 3:
+            raise OSError(28, "No space left on device")
+        fsync(file)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        magpo.train(magpo.Args(env="matrix_xor", **QUICK | dict(save_every=1), runs_dir=str(tmp_path)))
+    (path,) = tmp_path.glob("*/checkpoint.pt")
+    assert magpo.read_checkpoint(path)["iteration"] == 1
+
+
+def test_a_folder_that_cannot_be_written_is_one_sentence_before_training(tmp_path, monkeypatch):
+    (tmp_path / "runs").write_text("a file, not a folder")
+    result = run(f"python {HERE / 'magpo.py'} --env matrix_xor", tmp_path)
+    assert result.returncode == 1 and result.stderr.count("\n") == 1 and "magpo.py: [Errno" in result.stderr
+
+
+TORCHRUN = """
+import sys, torch, magpo
+from envs import RANK, WORLD
+folder, mode, saved = sys.argv[1], sys.argv[2], {}
+build = magpo.build
+magpo.build = lambda *x: saved.setdefault("nets", build(*x))
+options = dict(env="mpe_spread", num_envs=8, num_steps=5, num_minibatches=4, total_timesteps=120, eval_episodes=8, runs_dir=folder)
+if mode == "first_step":  # the same data in one process as in two: copies, actions and their order fixed
+    options |= dict(num_minibatches=1, update_epochs=1, total_timesteps=40, max_grad_norm=1e9)
+    make = magpo.make_envs
+    class Half:
+        def __init__(self, args, num_envs, device="cpu"):
+            self.envs, self.num_envs = make(args, 8, device), num_envs
+            self.mine = slice(RANK * num_envs, (RANK + 1) * num_envs)
+        def __getattr__(self, name):
+            return getattr(self.envs, name)
+        def cut(self, x):
+            return {k: self.cut(v) for k, v in x.items()} if isinstance(x, dict) else x[self.mine]
+        def reset(self, seed, options=None):
+            return map(self.cut, self.envs.reset(seed=1))
+        def step(self, actions):
+            everyone = torch.zeros(8, 3, dtype=torch.long)
+            everyone[self.mine] = actions
+            return map(self.cut, self.envs.step(everyone))
+    magpo.make_envs, magpo.evaluate = Half, lambda *_: torch.zeros(2)
+    torch.distributions.Categorical.sample = lambda self, shape=(): self.logits.argmax(-1)
+magpo.train(magpo.Args(**options))
+nets = saved["nets"]
+torch.save([[x.data for net in nets for x in net.parameters()], [x.grad for net in nets for x in net.parameters()]], f"{folder}/{WORLD}{RANK}.pt")
+"""
+
+
+def torchrun(processes, mode, folder):
+    (folder / "script.py").write_text(TORCHRUN)
+    command = (
+        f"python -m torch.distributed.run --standalone --nproc-per-node {processes} {folder / 'script.py'} {folder} {mode}"
+    )
+    result = run(command, folder, {"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"})
+    assert result.returncode == 0, result.stderr
+    return result.stdout, [torch.load(folder / f"{processes}{rank}.pt") for rank in range(processes)]
+
+
+def test_two_processes_stay_equal(tmp_path):
+    printed, (first, second) = torchrun(2, "train", tmp_path)
+    assert all(torch.equal(x, y) for x, y in zip(first[0], second[0], strict=True))
+    (run_dir,) = tmp_path.glob("mpe_spread*")  # one folder, one table: rank 0's
+    assert printed.count("learner_greedy") == 1 and [row["step"] for row in read_metrics(run_dir)] == ["40", "80", "120"]
+
+
+def test_two_processes_take_the_step_of_one(tmp_path):
+    """Actions that do not move (all copies and their order fixed): gradients of two halves average to that of the whole."""
+    ((_, one),) = torchrun(1, "first_step", tmp_path)[1]
+    for _, gradients in torchrun(2, "first_step", tmp_path)[1]:
+        assert sum(x.abs().sum() for x in one) > 0.1
+        for x, y in zip(one, gradients, strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-6)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Pictures: figures/watch.py
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def untrained(env, **options):
+    """Args, and a learner that no training has touched, but far from uniform."""
+    args = magpo.Args(env=env, **options)
+    copies = magpo.make_envs(args, 1)
+    torch.manual_seed(3)
+    learner = magpo.build(args, copies)[1]
+    copies.close()
+    torch.nn.init.normal_(learner.policy_head.weight, std=0.3)
+    return args, learner
+
+
+SPREADS = (
+    ("mpe_spread", {}, {}),
+    (
+        "mpe_spread",
+        {"recurrent": True, "env_kwargs": '{"max_cycles": 7, "local_ratio": 0.2}'},
+        {"max_cycles": 7, "local_ratio": 0.2},
+    ),
+    ("mpe_spread_continuous", {"env_kwargs": '{"max_cycles": 7}'}, {"continuous_actions": True, "max_cycles": 7}),
+    (
+        "mpe_spread_partial",
+        {"env_kwargs": '{"max_cycles": 7}'},
+        {"max_cycles": 7, "num_agent_neighbors": 1, "num_landmark_neighbors": 1},
+    ),
+    ("mpe_spread_10ag", {"env_kwargs": '{"max_cycles": 7}'}, {"N": 10, "max_cycles": 7}),
+    ("pettingzoo:mpe2.simple_spread_v3", {"env_kwargs": '{"max_cycles": 7}'}, {"max_cycles": 7}),
+)
+
+
+@pytest.mark.parametrize("env, options, mpe2_options", SPREADS)
+@torch.no_grad()
+def test_render_shows_what_the_learners_do_in_mpe2(env, options, mpe2_options, tmp_path):
+    """Three episodes by hand: every agent is asked alone, the others' observations are nan, a memory is its whole past."""
+    (args, learner), seed, path = untrained(env, **options), 5, tmp_path / "play.gif"
+    before = torch.get_rng_state()
+    returns = watch.render(args, learner, path, seed)
+    assert torch.equal(torch.get_rng_state(), before)
+
+    by_hand, pictures = [], []
+    game = simple_spread_v3.parallel_env(render_mode="rgb_array", **mpe2_options)
+    torch.manual_seed(seed)
+    for episode in range(3):
+        seen, _ = game.reset(seed=seed + episode)
+        past, total = [], 0.0
+        pictures.append(game.render())
+        while game.agents:
+            past.append(torch.tensor(np.stack([seen[agent] for agent in game.agents]))[None])  # (1, N, D)
+            T, N = len(past), len(game.agents)
+            first = torch.arange(T)[:, None] == 0
+            params = []
+            for i in range(N):
+                alone = torch.full((T, 1, N, past[0].shape[-1]), torch.nan)
+                alone[:, :, i] = torch.stack(past)[:, :, i]
+                memory = [torch.full((1, N, args.hidden_dim), 9.0), first]
+                params.append(learner.params(alone, memory)[-1, :, i])
+            actions = magpo.distribution(torch.stack(params, 1), learner.continuous).sample()[0].numpy()  # (N,), or (N, A)
+            actions = actions.clip(0, 1) if learner.continuous else actions
+            seen, rewards, *_ = game.step(dict(zip(game.agents, actions)))
+            total += sum(rewards.values()) / N
+            pictures.append(game.render())
+        by_hand.append(total)
+    game.close()
+    assert returns == pytest.approx(by_hand, abs=1e-4) and len(set(returns)) == 3
+
+    with Image.open(path) as gif:
+        assert gif.format == "GIF"
+        frames = [np.asarray(frame.convert("RGB"), float) for frame in ImageSequence.Iterator(gif)]
+    assert len(frames) == len(pictures) and path.stat().st_size < 300_000
+    assert all((a != b).any() for a, b in itertools.pairwise(frames))
+    for frame, picture in zip(frames, pictures):
+        expected = np.asarray(ImageOps.contain(Image.fromarray(picture), (watch.SIZE, watch.SIZE)), float)
+        assert np.abs(frame[watch.LINE :] - expected).mean() < 0.5
+
+
+def test_render_long_episodes(tmp_path, monkeypatch):
+    """A first episode that fills the film is the only one; of its frames only some are kept, the last one among them."""
+    monkeypatch.setattr(watch, "MAX_FRAMES", 8)
+    args, learner = untrained("pettingzoo:mpe2.simple_v3", env_kwargs='{"max_cycles": 20}')
+    assert len(watch.render(args, learner, tmp_path / "play.gif")) == 1
+    with Image.open(tmp_path / "play.gif") as gif:
+        durations = [frame.info["duration"] for frame in ImageSequence.Iterator(gif)]
+    assert durations == [100] * 7 + [1500]  # the start, then what steps 3, 6, ..., 18 led to, and step 20
+
+
+@pytest.mark.parametrize("recurrent, num_targets", [(False, 30), (True, 30), (False, 20)])
+@torch.no_grad()
+def test_render_coordsum(recurrent, num_targets, tmp_path):
+    args, learner = untrained("coordsum_3x10", recurrent=recurrent, env_kwargs=f'{{"num_targets": {num_targets}}}')
+    env = envs.make("coordsum_3x10", num_targets, num_targets=num_targets)
+    env.reset(seed=1)
+    env.target = torch.arange(num_targets)
+    memory = magpo.empty_memories(args, env, "cpu")[1]
+    probs = learner(env._observe(), None, memory).probs.numpy()  # (M, N, A)
+    joint = np.einsum("mi,mj,mk->mijk", *probs.transpose(1, 0, 2))
+    named = np.add.outer(np.add.outer(np.arange(10), np.arange(10)), np.arange(10))
+    hits = [joint[target][named == target].sum() for target in range(num_targets)]
+
+    assert watch.render(args, learner, tmp_path / "policy.PNG") == pytest.approx([np.mean(hits)], abs=1e-6)
+    with Image.open(tmp_path / "policy.PNG") as image:
+        assert image.format == "PNG"
+    figure = watch.draw_coordsum(args, learner, env)[1]
+    for i, ax in enumerate(figure.axes[:3]):
+        np.testing.assert_allclose(ax.images[0].get_array(), probs[:, i].T, atol=1e-6)
+    np.testing.assert_allclose([bar.get_height() for bar in figure.axes[3].patches], hits, atol=1e-6)
+    assert ("at an episode's start" in figure.get_suptitle()) == recurrent
+    assert f"hit rate {np.mean(hits):.3f}" in figure.get_suptitle()
+
+
+@pytest.mark.parametrize("env", ["matrix_climbing", "matrix_sum10"])
+@torch.no_grad()
+def test_render_matrix(env, tmp_path):
+    args, learner = untrained(env)
+    game = envs.make(env, 1)
+    probs = learner(game.reset()[0]).probs[0].numpy()  # (N, A)
+    joint = {actions: np.prod([p[a] for p, a in zip(probs, actions)]) for actions in np.ndindex(*game.payoff.shape)}
+    expected = sum(p * game.payoff[actions].item() for actions, p in joint.items())
+
+    assert watch.render(args, learner, tmp_path / "policy.png") == pytest.approx([expected], abs=1e-5)
+    with Image.open(tmp_path / "policy.png") as image:
+        assert image.format == "PNG"
+    figure = watch.draw_matrix(args, learner, game)[1]
+    np.testing.assert_allclose([bar.get_height() for bar in figure.axes[0].patches], probs.ravel(), atol=1e-6)
+    assert f"expected payoff {expected:.3f}, best" in figure.get_suptitle()
+    if len(probs) == 2:
+        heat = figure.axes[1].images[0].get_array()
+        payoffs = {tuple(map(int, text.get_position()))[::-1]: float(text.get_text()) for text in figure.axes[1].texts}
+        for actions, p in joint.items():
+            assert heat[actions] == pytest.approx(p, abs=1e-6) and payoffs[actions] == game.payoff[actions]
+
+
+@pytest.mark.parametrize(
+    "env, path, sentence",
+    [
+        ("mpe_spread", "play.png", "mpe_spread is rendered to a .gif file"),
+        ("pettingzoo:blind", "play.png", "rendered to a .gif file"),
+        ("coordsum_3x10", "policy.gif", "coordsum_3x10 is rendered to a .png file"),
+        ("matrix_xor", "policy", "matrix_xor is rendered to a .png file"),
+        ("mpe_spread", "nowhere/play.gif", "in a folder that exists"),
+        ("gym:Foraging-8x8-2p-2f-coop-v3", "play.gif", "only mpe_spread, coordsum, matrix and pettingzoo: environments"),
+        ("pettingzoo:blind", "play.gif", "its pictures do not come as an rgb_array"),
+        ("pettingzoo:picky", "play.gif", "cannot be made with the options {'render_mode': 'rgb_array'}"),
+    ],
+)
+def test_render_refuses(env, path, sentence, tmp_path, monkeypatch):
+    module = types.ModuleType("blind")
+    module.parallel_env = Fake
+    monkeypatch.setitem(sys.modules, "blind", module)
+    monkeypatch.setitem(sys.modules, "picky", types.ModuleType("picky"))
+    sys.modules["picky"].parallel_env = lambda: Fake()
+    with pytest.raises(ValueError, match=sentence) as error:
+        watch.render(magpo.Args(env=env), None, tmp_path / path)
+    assert "\n" not in str(error.value) and not list(tmp_path.iterdir())

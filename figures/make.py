@@ -1,6 +1,7 @@
 """Every sweep and every picture of README.md and TUTORIAL.md.
 
     python figures/make.py sweep NAME [TEXT]   run what is missing of an experiment (of its commands that hold TEXT)
+    python figures/make.py random       play other people's environments at random, for figures/random.csv
     python figures/make.py tables       print the tables of all CSVs
     python figures/make.py draw         redraw every picture from the CSVs
     python figures/make.py theory       recompute figures/kl_direction.csv (exact tables, seconds)
@@ -32,6 +33,14 @@ from figures import theory  # noqa: E402
 ALGOS = ("magpo", "mappo", "ctds")
 DELTAS = (1.05, 1.2, 1.5, 2.0, 4.0, math.inf)
 
+OTHERS = (
+    "pettingzoo:mpe2.simple_spread_v3",
+    "pettingzoo:mpe2.simple_reference_v3",
+    "pettingzoo:mpe2.simple_speaker_listener_v4",
+    "gym:Foraging-8x8-2p-2f-coop-v3",
+    "gym:Foraging-2s-8x8-2p-2f-coop-v3",
+)
+
 
 def grid(seeds, **options):
     """All combinations of the options' values (a tuple is a list of values), for every seed -> list of dicts."""
@@ -49,8 +58,8 @@ EXPERIMENTS = {
     "delta_lambda": grid((1, 2, 3), env="matrix_sum10", delta=(1.05, 1.2, 1.5, 2.0, math.inf), lam=(0.0, 0.5, 2.0, 8.0)),
     "backtracking": grid((1, 2, 3), env="coordsum_3x10", backtracking=("soft", "reset"), residual=(False, True), total_timesteps=240_000)
     + grid((1,), env="mpe_spread", backtracking=("soft", "reset"), residual=(False, True), total_timesteps=800_000),
+    "others": grid((1, 2, 3), env=OTHERS, total_timesteps=200_000),
     "gamma": grid((1, 2, 3), env="coordsum_3x10", algo=("magpo", "mappo"), gamma=0.9),
-    "tuning": grid((11,), env="coordsum_3x10", algo=ALGOS, ent_coef=(0.01, 0.03), learning_rate=(1e-3, 2e-3, 4e-3), total_timesteps=240_000),
 }
 EXPERIMENTS["backtracking"] = [run for run in EXPERIMENTS["backtracking"] if run["residual"] or run["backtracking"] == "soft"]
 
@@ -97,6 +106,20 @@ def sweep(name, text=""):
             table.writeheader() if new else None
             table.writerows(rows)
         print(f"[{number}/{len(runs)}] {final['learner']:9.3f} {rows[-1]['cpu_seconds']:>6s} cpu-s  {command(options)}", flush=True)
+
+
+def random_returns():
+    """Write figures/random.csv: returns of uniformly random play, which are those of learners whose last layer is zero."""
+    rows = ["env,mean,ci95,episodes,command\n"]
+    for env in OTHERS:
+        args = magpo.Args(env=env, num_envs=8)
+        guider, learner = magpo.build(args, copies := magpo.make_envs(args, 1))
+        copies.close(), learner.policy_head.weight.data.zero_()
+        returns = magpo.evaluate(args, guider, learner, "learner", 512, 0)
+        ci95 = 1.96 * returns.std().item() / math.sqrt(len(returns))
+        rows.append(f"{env},{returns.mean():.4g},{ci95:.2g},{len(returns)},python figures/make.py random\n")
+        print(rows[-1], end="", flush=True)
+    (HERE / "random.csv").write_text("".join(rows))
 
 
 def without_seed(run):
@@ -222,7 +245,7 @@ def draw():
 
 
 if __name__ == "__main__":
-    actions = {"sweep": sweep, "tables": tables, "draw": draw, "theory": kl_direction}
+    actions = {"sweep": sweep, "tables": tables, "draw": draw, "theory": kl_direction, "random": random_returns}
     if len(sys.argv) < 2 or sys.argv[1] not in actions or (sys.argv[1] == "sweep" and sys.argv[2:3] != [n for n in EXPERIMENTS if n in sys.argv[2:3]]):
         sys.exit(__doc__ + f"\nexperiments: {', '.join(EXPERIMENTS)}")
     actions[sys.argv[1]](*sys.argv[2:])
