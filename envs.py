@@ -622,6 +622,8 @@ RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 
 def make_envs(args, num_envs, device="cpu"):
     """E copies of the environment that magpo.Args name -> gymnasium.vector.VectorEnv; ValueError if they cannot be made."""
+    if args.num_workers not in (0, args.num_envs):
+        raise ValueError("num_workers must be 0 or num_envs: gymnasium runs one process per copy.")
     try:
         kwargs = dict(**json.loads(args.env_kwargs))
     except (ValueError, TypeError):
@@ -639,7 +641,7 @@ def gather(x):
 
 
 def share_gradients(parameters):
-    """From now on every backward pass leaves, in each parameter, the mean of all processes' gradients."""
+    """The same list; from now on a backward pass leaves, in each parameter, the mean of all processes' gradients."""
 
     def mean(gradient):
         dist.all_reduce(gradient := gradient / WORLD)
@@ -647,6 +649,7 @@ def share_gradients(parameters):
 
     for parameter in parameters if WORLD > 1 else ():
         parameter.register_hook(mean)
+    return parameters
 
 
 def check_finite(iteration, cause, quantities):
@@ -691,7 +694,7 @@ class Run:
 
     Attributes:
         args: the options that hold, a dict. device: where to train. path: the folder. seed: of environments and sampling.
-        iteration: how many iterations are behind us. leads: whether this process writes and prints.
+        iteration, num_iterations: how many are behind us, and in all. leads: whether this process writes and prints.
 
     Raises:
         ValueError: no checkpoint to go on from. OSError: the folder cannot be written.
@@ -718,6 +721,7 @@ class Run:
         self.iteration, self.rows = self.saved.get("iteration", 0), self.saved.get("rows", [])
         self.generator = torch.cuda.default_generators[self.device.index] if cuda else torch.default_generator
         self.samples = self.args["num_envs"] * self.args["num_steps"]
+        self.num_iterations = self.args["total_timesteps"] // self.samples
         self.seed = self.args["seed"] + 2**32 * RANK + self.iteration
         name = "{env}__{algo}__{seed}__".format(**self.args).replace(":", "_") + f"{time.time():.2f}"
         self.file = self.table = None
@@ -728,14 +732,17 @@ class Run:
         before = self.rows[-1] if self.rows else {"seconds": 0, "cpu_seconds": 0}
         self.start = time.time() - before["seconds"], time.process_time() - before["cpu_seconds"]
 
-    def progress(self, num_iterations):
+    def progress(self, note):
         """A progress bar over the iterations still to go, numbered from 1; says what of the options does not count."""
-        if num_iterations * self.samples < self.args["total_timesteps"]:
-            print(f"total_timesteps is cut to {num_iterations * self.samples}, a multiple of num_envs x num_steps.")
+        print(note, end="\n" if note else "")
+        if self.num_iterations * self.samples < self.args["total_timesteps"]:
+            print(f"total_timesteps is cut to {self.num_iterations * self.samples}, a multiple of num_envs x num_steps.")
         if (self.args["algo"], self.args["backtracking"]) != ("magpo", "soft"):
             print("{algo}, {backtracking} backtracking: lambda is {lam}, delta {delta}, whatever you gave.".format(**self.args))
-        bar = dict(unit="step", unit_scale=self.samples, initial=self.iteration, total=num_iterations, disable=not self.leads)
-        return tqdm(range(self.iteration + 1, num_iterations + 1), **bar)
+        bar = dict(
+            unit="step", unit_scale=self.samples, initial=self.iteration, total=self.num_iterations, disable=not self.leads
+        )
+        return tqdm(range(self.iteration + 1, self.num_iterations + 1), **bar)
 
     def restore(self, parts):
         """Load what has a state_dict -> what else was saved "here": empty at a start, or if the episodes start anew."""

@@ -117,7 +117,6 @@ def validate(args):
         ),
         (args.seed < 2**32, f"seed must lie in [0, 2**32), but is {args.seed}."),
         (not (args.algo == "mappo" and args.residual), "mappo has no guider policy, so it knows neither residual nor reset."),
-        (args.num_workers in (0, args.num_envs), "num_workers must be 0 or num_envs: gymnasium runs one process per copy."),
         (args.num_envs % WORLD == 0, f"num_envs must be a multiple of torchrun's processes, {WORLD}."),
         (args.total_timesteps >= args.num_envs * args.num_steps, "total_timesteps is below one rollout, num_envs x num_steps."),
     ):
@@ -129,8 +128,6 @@ def validate(args):
 
 
 # --- Networks ---------------------------------------------------------------------------------------------------------
-
-
 def distribution(params, continuous, action_mask=None):
     """Policy of every agent: Categorical over allowed actions from (..., N, A), or diagonal Gaussian from (..., N, 2 A)."""
     if not continuous:
@@ -252,8 +249,7 @@ class Guider(nn.Module):
             actions.append(mu.sample())
             logprobs.append(mu.log_prob(actions[-1]))
             before = self.action_in(actions[-1])
-        agents_axis = obs.dim() - 2
-        return torch.cat(actions, agents_axis), torch.cat(logprobs, agents_axis), values
+        return torch.cat(actions, obs.dim() - 2), torch.cat(logprobs, obs.dim() - 2), values
 
 
 class Learner(nn.Module):
@@ -292,8 +288,6 @@ class ValueNorm(nn.Module):
 
 
 # --- The equations ----------------------------------------------------------------------------------------------------
-
-
 def compute_gae(rewards, values, next_values, terminations, truncations, gamma, gae_lambda):
     """Generalized advantage estimation (Schulman et al. 2016) -> advantages (T, E, N), returns (T, E, N).
 
@@ -349,8 +343,6 @@ def learner_loss(learner_logprobs, old_logprobs, advantages, kl, clip_coef, lam)
 
 
 # --- Training ---------------------------------------------------------------------------------------------------------
-
-
 def detached(policy):
     """The same distribution as a constant (stop-gradient)."""
     if isinstance(policy, Categorical):
@@ -390,11 +382,10 @@ def train(args, stop=()):
     validate(args)
     run = Run(asdict(args))  # its folder, checkpoints, processes, device, threads and seed: envs.py
     args, device = Args(**run.args), run.device
-    T, E, samples = args.num_steps, args.num_envs // WORLD, args.num_envs * args.num_steps
+    T, E = args.num_steps, args.num_envs // WORLD
     envs = make_envs(args, E, device)
     guider, learner = (network.to(device) for network in build(args, envs))
-    parameters = [*guider.parameters(), *learner.parameters()]  # one Adam, as it treats every parameter by itself
-    share_gradients(parameters)
+    parameters = share_gradients([*guider.parameters(), *learner.parameters()])  # one Adam: it treats each by itself
     optimizer = torch.optim.Adam(parameters, args.learning_rate, eps=1e-5, fused=True)
     value_norm = ValueNorm().to(device)
     parts = dict(guider=guider, learner=learner, optimizer=optimizer, value_norm=value_norm)
@@ -402,12 +393,10 @@ def train(args, stop=()):
     obs, infos = envs.reset(seed=run.seed, options=here.get("envs"))
     memories, returns_so_far = here.get("air") or (empty_memories(args, envs, device), torch.zeros(E, device=device))
     guider_inputs, critic_inputs = ("base", "action_mask", "active", "state"), ("active", "state")
-    num_iterations = args.total_timesteps // samples
-    print(envs.note, end="\n" if envs.note else "")
-    for iteration in (progress := run.progress(num_iterations)):
+    for iteration in (progress := run.progress(envs.note)):
         if run.iteration % args.save_every == 0:
             run.save(parts, envs, (memories, returns_so_far))
-        remaining = 1 - (iteration - 1) / num_iterations if args.anneal_lr else 1.0
+        remaining = 1 - (iteration - 1) / run.num_iterations if args.anneal_lr else 1.0
         optimizer.param_groups[0]["lr"] = args.learning_rate * remaining
         if args.backtracking == "reset":
             # Step 4 of the iteration before: a correction of zero is mu = pi (Adam's moments stay)
@@ -498,7 +487,7 @@ def train(args, stop=()):
         check_finite(iteration, "too high a learning rate", dict(zip(names, losses.unbind(1))))
         row = dict(guider_return=finished.mean().item(), learner_return=math.nan)  # nan: no episode ended
         row |= dict(zip(names, gather(losses[None]).mean((0, 1)).tolist()), explained_variance=explained_variance.item())
-        if run.leads and (iteration % args.eval_every == 0 or iteration in (1, num_iterations)):
+        if run.leads and (iteration % args.eval_every == 0 or iteration in (1, run.num_iterations)):
             row["learner_return"] = evaluate(args, guider, learner, "learner", E, args.seed + 1).mean().item()
             progress.set_postfix(guider=f"{row['guider_return']:.2f}", learners=f"{row['learner_return']:.2f}")
         run.log(iteration, row)
