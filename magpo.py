@@ -233,15 +233,18 @@ class Guider(nn.Module):
     def forward(self, obs, actions, base=None, action_mask=None, active=None, state=None, memory=None):
         """obs (..., N, D), actions (..., N) -> mu at every agent given the actions before it, values (..., N)."""
         encoded, values = self.encode(obs, active, state, memory)
+        ### BEGIN SOLUTION
         before = self.action_in(actions)[..., :-1, :]  # (..., N - 1, C): agent j sees actions 1..j-1
         before = torch.cat([self.start.expand(*before.shape[:-2], 1, -1), before], -2)  # (..., N, C)
         # All tokens are attended to, since j's also carries the action of j-1, who may still be there when j has left
         return self.policy(encoded + before, base, action_mask, causal=True), values
+        ### END SOLUTION
 
     @torch.no_grad()
     def act(self, obs, base=None, action_mask=None, active=None, state=None, memory=None):
         """obs (..., N, D) -> actions (..., N), their logprobs (..., N), values (..., N); samples agent by agent."""
         encoded, values = self.encode(obs, active, state, memory)
+        ### BEGIN SOLUTION
         before, cache, actions, logprobs = self.start, [], [], []
         for j in range(obs.shape[-2]):
             now = [None if x is None else x[..., j : j + 1, :] for x in (base, action_mask)]
@@ -250,6 +253,7 @@ class Guider(nn.Module):
             logprobs.append(mu.log_prob(actions[-1]))
             before = self.action_in(actions[-1])
         return torch.cat(actions, obs.dim() - 2), torch.cat(logprobs, obs.dim() - 2), values
+        ### END SOLUTION
 
 
 class Learner(nn.Module):
@@ -298,11 +302,13 @@ def compute_gae(rewards, values, next_values, terminations, truncations, gamma, 
         terminations: (T, E, 1) bool, the step ended its episode for good: nothing is worth anything after it.
         truncations: (T, E, 1) bool, time ran out: the return goes on with next_values, the sum over steps does not.
     """
+    ### BEGIN SOLUTION
     over = terminations | truncations
     advantages = rewards + gamma * next_values * ~terminations - values  # each step's own error so far, (T, E, N)
     for t in reversed(range(len(advantages) - 1)):
         advantages[t] += gamma * gae_lambda * advantages[t + 1] * ~over[t]
     return advantages, advantages + values
+    ### END SOLUTION
 
 
 def guider_loss(guider_logprobs, learner_logprobs, old_logprobs, advantages, kl, clip_coef, delta):
@@ -317,6 +323,7 @@ def guider_loss(guider_logprobs, learner_logprobs, old_logprobs, advantages, kl,
         kl: KL(mu || pi), same shape.
         clip_coef, delta: epsilon, and the bound above 1 (inf for none).
     """
+    ### BEGIN SOLUTION
     bound = math.log(delta)
     gap = guider_logprobs - learner_logprobs.detach()  # log mu/pi
     ratio = (guider_logprobs - old_logprobs).exp()
@@ -325,6 +332,7 @@ def guider_loss(guider_logprobs, learner_logprobs, old_logprobs, advantages, kl,
     mask = (gap.abs() > bound).to(kl.dtype)
     loss = -torch.min(ratio * advantages, clipped * advantages) + mask * kl
     return loss.mean(), mask.mean(), ((ratio - 1).abs() > clip_coef).to(kl.dtype).mean()
+    ### END SOLUTION
 
 
 def learner_loss(learner_logprobs, old_logprobs, advantages, kl, clip_coef, lam):
@@ -337,9 +345,11 @@ def learner_loss(learner_logprobs, old_logprobs, advantages, kl, clip_coef, lam)
         kl: KL(mu || pi) with mu a constant, same shape.
         clip_coef, lam: epsilon and lambda.
     """
+    ### BEGIN SOLUTION
     ratio = (learner_logprobs - old_logprobs).exp()
     surrogate = torch.min(ratio * advantages, ratio.clamp(1 - clip_coef, 1 + clip_coef) * advantages)
     return (kl - lam * surrogate).mean()
+    ### END SOLUTION
 
 
 # --- Training ---------------------------------------------------------------------------------------------------------
@@ -399,8 +409,10 @@ def train(args, stop=()):
         remaining = 1 - (iteration - 1) / run.num_iterations if args.anneal_lr else 1.0
         optimizer.param_groups[0]["lr"] = args.learning_rate * remaining
         if args.backtracking == "reset":
+            ### BEGIN SOLUTION
             # Step 4 of the iteration before: a correction of zero is mu = pi (Adam's moments stay)
             nn.init.zeros_(guider.policy_head.weight), nn.init.zeros_(guider.policy_head.bias)
+            ### END SOLUTION
 
         # Step 1, data collection: roll out the guider mu
         steps, first_hidden = [], [hidden for hidden, _ in memories]
