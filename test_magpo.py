@@ -72,7 +72,7 @@ def test_shapes(lead, continuous):
 
 @pytest.mark.parametrize("continuous", [False, True])
 @pytest.mark.parametrize("residual", [False, True])
-def test_sampled_logprobs_equal_the_parallel_pass(continuous, residual):
+def test_exercise_2_sampled_logprobs_equal_the_parallel_pass(continuous, residual):
     guider, learner = networks(continuous=continuous)
     obs = torch.randn(50, 4, 6, dtype=torch.float64)
     base = learner.params(obs) if residual else None
@@ -82,7 +82,7 @@ def test_sampled_logprobs_equal_the_parallel_pass(continuous, residual):
     torch.testing.assert_close(parallel_values, values, rtol=0, atol=1e-12)
 
 
-def test_act_samples_from_its_own_probabilities():
+def test_exercise_2_act_samples_from_its_own_probabilities():
     guider = networks(num_agents=2, action_dim=3)[0].requires_grad_(False)
     obs = torch.randn(1, 2, 6, dtype=torch.float64).expand(40_000, -1, -1)
     torch.manual_seed(0)
@@ -93,7 +93,7 @@ def test_act_samples_from_its_own_probabilities():
         assert abs(seen - expected) < 5 * math.sqrt(expected * (1 - expected) / len(obs)) + 1e-9
 
 
-def test_guider_is_causal():
+def test_exercise_2_guider_is_causal():
     guider, _ = networks()
     obs, actions = torch.randn(9, 4, 6, dtype=torch.float64), torch.randint(5, (9, 4))
     logits = guider(obs, actions)[0].logits
@@ -104,7 +104,7 @@ def test_guider_is_causal():
         assert (moved[: j + 1] == 0).all() and (moved[j + 1 :] > 1e-6).all()
 
 
-def test_guider_is_causal_by_gradient():
+def test_exercise_2_guider_is_causal_by_gradient():
     guider, _ = networks(continuous=True)
     obs, actions = torch.randn(9, 4, 6, dtype=torch.float64), torch.rand(9, 4, 5, dtype=torch.float64, requires_grad=True)
     mean = guider(obs, actions)[0].base_dist.loc
@@ -114,7 +114,7 @@ def test_guider_is_causal_by_gradient():
         assert (reached[j:] == 0).all() and (reached[:j] > 1e-6).all()
 
 
-def test_guider_sees_every_observation():
+def test_exercise_2_guider_sees_every_observation():
     guider, _ = networks()
     obs, actions = torch.randn(1, 4, 6, dtype=torch.float64, requires_grad=True), torch.zeros(1, 4, dtype=torch.long)
     mu, values = guider(obs, actions)
@@ -240,7 +240,7 @@ def test_policy_of_a_continuous_action_is_the_named_gaussian():
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def test_gae_against_brute_force():
+def test_exercise_1_gae_against_brute_force():
     rng = np.random.default_rng(0)
     T, E, N, gamma, gae_lambda = 12, 40, 2, 0.9, 0.8
     rewards = rng.normal(size=(T, E))
@@ -281,7 +281,7 @@ DOUBLE_CLIP = {
 
 
 @pytest.mark.parametrize("case", DOUBLE_CLIP)
-def test_guider_loss_by_hand(case):
+def test_exercise_3_guider_loss_by_hand(case):
     mu, pi, advantage, expected, moves, mask = DOUBLE_CLIP[case]
     log_mu = torch.tensor([math.log(mu)], dtype=torch.float64, requires_grad=True)
     log_pi = torch.tensor([math.log(pi)], dtype=torch.float64, requires_grad=True)
@@ -295,7 +295,7 @@ def test_guider_loss_by_hand(case):
     assert log_pi.grad is None
 
 
-def test_guider_loss_without_bound_is_ppo():
+def test_exercise_3_guider_loss_without_bound_is_ppo():
     log_mu, log_pi, old, advantages = torch.randn(4, 100, dtype=torch.float64)
     ratio = (log_mu - old).exp()
     ppo = -torch.min(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages).mean()
@@ -303,10 +303,8 @@ def test_guider_loss_without_bound_is_ppo():
     assert loss.item() == pytest.approx(ppo.item(), abs=1e-12) and mask == 0
 
 
-@pytest.mark.parametrize(
-    "pi, advantage, surrogate", [(0.28, 1, 1.12), (0.4, 1, 1.2), (0.4, -1, -1.6), (0.1, -1, -0.8), (0.1, 1, 0.4)]
-)
-def test_learner_loss_by_hand(pi, advantage, surrogate):
+@pytest.mark.parametrize("pi, advantage, surrogate", [(0.28, 1, 1.12), (0.4, 1, 1.2), (0.4, -1, -1.6), (0.1, -1, -0.8), (0.1, 1, 0.4)])
+def test_exercise_4_learner_loss_by_hand(pi, advantage, surrogate):
     log_pi, old = torch.tensor([math.log(pi)]), torch.tensor([math.log(0.25)])
     loss = magpo.learner_loss(log_pi, old, torch.tensor([float(advantage)]), torch.tensor([0.3]), clip_coef=0.2, lam=2.0)
     assert loss.item() == pytest.approx(0.3 - 2 * surrogate, abs=1e-6)
@@ -1355,7 +1353,7 @@ def is_equilibrium(payoff, joint):
 
 @pytest.mark.parametrize("seed", [1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (2, 3, 4, 5))])
 @pytest.mark.parametrize("game", ["climbing", "penalty", "xor", "sum10"])
-def test_improvement_on_matrix_games(game, seed, tmp_path):
+def test_exercise_learning_improvement_on_matrix_games(game, seed, tmp_path):
     """Exact expected payoff of the learners' product policy: above its start, and at an optimum or a pure equilibrium."""
     args = magpo.Args(env=f"matrix_{game}", seed=seed, runs_dir=str(tmp_path), eval_episodes=256, eval_every=1000)
     env = envs.make(args.env, 1)
@@ -1571,7 +1569,7 @@ def test_block_is_attention_by_hand():
         torch.testing.assert_close(block(x, **options), after + block.mlp(after))
 
 
-def test_acting_with_everything_equals_the_parallel_pass():
+def test_exercise_2_acting_with_everything_equals_the_parallel_pass():
     """Masks, agents that left, state, memory and base at once: act() uses what forward() uses, and moves the memory on."""
     guider, learner = networks(recurrent=True, state_dim=3)
     obs, state = torch.randn(9, 4, 6, dtype=torch.float64), torch.randn(9, 3, dtype=torch.float64)
@@ -1603,7 +1601,7 @@ def test_a_gaussian_never_gets_needle_sharp_or_flat():
     torch.testing.assert_close(magpo.distribution(params, True).base_dist.scale[0].log(), torch.tensor([-4.0, 1.0]))
 
 
-def test_clip_frac_counts_both_sides():
+def test_exercise_3_clip_frac_counts_both_sides():
     mu = torch.log(torch.tensor([0.25, 0.28, 0.40, 0.15]))
     one = torch.ones(4)
     assert magpo.guider_loss(mu, mu, math.log(0.25) * one, one, one, 0.2, 1.5)[2] == 0.5
@@ -1863,7 +1861,7 @@ def test_every_epoch_takes_every_minibatch_with_fresh_gradients(chaos):
 
 
 @pytest.mark.parametrize("recurrent", [False, True])
-def test_after_reset_every_rollout_is_the_learners(recurrent, chaos):
+def test_exercise_5_after_reset_every_rollout_is_the_learners(recurrent, chaos):
     seen = chaos(backtracking="reset", recurrent=recurrent, learning_rate=0.05)
     for (mu, pi, old, *_), _ in seen["guider"]:
         torch.testing.assert_close(mu, pi, rtol=0, atol=1e-6)
