@@ -55,9 +55,8 @@ def bug(number, folder):
     if number not in [patch.name.split("_")[0] for patch in BUGS]:
         raise ValueError(f"There is no bug {number} in figures/bugs.")
     copy_tree(folder)
-    alone = os.environ | {
-        "GIT_CEILING_DIRECTORIES": str(folder.resolve().parent)
-    }  # inside a repository git would skip the file
+    # Hides a repository around the folder, in which git would skip the patch without a word
+    alone = os.environ | {"GIT_CEILING_DIRECTORIES": str(folder.resolve().parent)}
     subprocess.run(["git", "apply", BUGS[int(number) - 1].resolve()], cwd=folder, check=True, env=alone)
 
 
