@@ -18,6 +18,7 @@ Where paper, official code and this file differ, TUTORIAL.md has the table. In s
 fixed agent order, so that an unchanged guider's importance ratio is 1; time-outs bootstrap instead of counting as terminal.
 """
 
+import importlib
 import math
 import re
 import sys
@@ -147,9 +148,8 @@ class Features(nn.Module):
     """Features (..., N, C) of each agent's own observation (..., N, D) and id; guider and learners have one each.
 
     Two tanh layers: where to go is a smooth function of positions, and ReLUs were slow to learn it. Row i of `agent_id` is what
-    a one-hot id appended to the observation would add. If recurrent, a GRU over time follows. Its `memory` is a list of two:
-    the hidden state (B, N, C), which is replaced by the new one, and `starts` (B,), where an episode starts and the hidden
-    state is zero. Over sequences (T, B, N, D), starts is (T, B).
+    a one-hot id appended to the observation would add. If recurrent, a GRU over time follows. `memory` is a list: the hidden
+    state (B, N, C), replaced by the new one, and `starts` (B,), or (T, B) for sequences: where it is zero, at episode starts.
     """
 
     def __init__(self, num_agents, obs_dim, dim, recurrent=False):
@@ -387,7 +387,7 @@ def train(args, stop=()):
     Args:
         stop: a list; once something is in it, training ends after the iteration, to be resumed.
 
-    Raises ValueError: an option cannot work. FloatingPointError: a number is not finite. OSError: a file cannot be written.
+    Raises ValueError (options), FloatingPointError (a number that is not finite) and OSError (a file cannot be written).
     """
     validate(args)
     run = Run(asdict(args))  # its folder, checkpoints, processes, device, threads and seed: envs.py
@@ -584,9 +584,7 @@ def main():
             args, guider, learner = load(args.eval, **given)
             print_table(args, guider, learner)
             if args.render:
-                from figures.watch import render  # loads what only pictures need
-
-                render(args, learner, args.render)
+                importlib.import_module("figures.watch").render(args, learner, args.render)  # loads what only pictures need
             return
     except ValueError as error:
         print(f"magpo.py: {error}", file=sys.stderr)

@@ -5,6 +5,7 @@ expectations over all joint actions.
 """
 
 import csv
+import importlib.util
 import itertools
 import math
 import multiprocessing
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import time
 import types
+import urllib.parse
 from pathlib import Path
 
 import gymnasium
@@ -30,7 +32,7 @@ from PIL import Image, ImageOps, ImageSequence
 
 import envs
 import magpo
-from figures import theory, watch
+from figures import kit, theory, watch
 
 HERE = Path(__file__).parent
 torch.set_num_threads(1)
@@ -303,11 +305,40 @@ def test_exercise_3_guider_loss_without_bound_is_ppo():
     assert loss.item() == pytest.approx(ppo.item(), abs=1e-12) and mask == 0
 
 
-@pytest.mark.parametrize("pi, advantage, surrogate", [(0.28, 1, 1.12), (0.4, 1, 1.2), (0.4, -1, -1.6), (0.1, -1, -0.8), (0.1, 1, 0.4)])
+@pytest.mark.parametrize(
+    "pi, advantage, surrogate", [(0.28, 1, 1.12), (0.4, 1, 1.2), (0.4, -1, -1.6), (0.1, -1, -0.8), (0.1, 1, 0.4)]
+)
 def test_exercise_4_learner_loss_by_hand(pi, advantage, surrogate):
     log_pi, old = torch.tensor([math.log(pi)]), torch.tensor([math.log(0.25)])
     loss = magpo.learner_loss(log_pi, old, torch.tensor([float(advantage)]), torch.tensor([0.3]), clip_coef=0.2, lam=2.0)
     assert loss.item() == pytest.approx(0.3 - 2 * surrogate, abs=1e-6)
+
+
+def clip(x, low, high):
+    return max(low, min(x, high))
+
+
+def test_exercise_3_guider_loss_is_eq_9_sample_by_sample():
+    rng, eps, delta, (T, E, N) = random.Random(0), 0.2, 1.3, (4, 5, 3)
+    samples = [[rng.uniform(0.2, 0.6) for _ in range(3)] + [rng.gauss(0, 1), rng.random()] for _ in range(T * E * N)]
+    expected = masked = 0
+    for mu, pi, old, A, kl in samples:
+        rho = clip(clip(mu / pi, 1 / delta, delta) * pi / old, 1 - eps, 1 + eps)
+        m = not 1 / delta <= mu / pi <= delta
+        expected += (-min(mu / old * A, rho * A) + m * kl) / len(samples)
+        masked += m / len(samples)
+    mu, pi, old, A, kl = torch.tensor(samples, dtype=torch.float64).T.reshape(5, T, E, N)
+    loss, mask, _ = magpo.guider_loss(mu.log(), pi.log(), old.log(), A, kl, eps, delta)
+    assert 0.2 < masked < 0.8 and (loss.item(), mask.item()) == pytest.approx((expected, masked), abs=1e-12)
+
+
+def test_exercise_4_learner_loss_is_eq_10_sample_by_sample():
+    rng, eps, lam, (T, E, N) = random.Random(0), 0.2, 1.7, (4, 5, 3)
+    samples = [[rng.uniform(0.2, 0.6), rng.uniform(0.2, 0.6), rng.gauss(0, 1), rng.random()] for _ in range(T * E * N)]
+    terms = [kl - lam * min(pi / old * A, clip(pi / old, 1 - eps, 1 + eps) * A) for pi, old, A, kl in samples]
+    pi, old, A, kl = torch.tensor(samples, dtype=torch.float64).T.reshape(4, T, E, N)
+    loss = magpo.learner_loss(pi.log(), old.log(), A, kl, eps, lam)
+    assert loss.item() == pytest.approx(sum(terms) / len(terms), abs=1e-12)
 
 
 def test_each_loss_moves_only_its_own_network():
@@ -1368,6 +1399,41 @@ def test_exercise_learning_improvement_on_matrix_games(game, seed, tmp_path):
     assert end > payoff[joint].item() - 0.02 * spread
     if game in ("xor", "sum10"):
         assert payoff[joint] == payoff.max()
+
+
+def test_exercise_5_reset_changes_the_correction_alone(tmp_path, monkeypatch):
+    """At a learning rate of nearly nothing, what a run with reset changes is the guider's last layer: not its critic, not pi."""
+    build, started = magpo.build, []
+
+    def built(*args):
+        nets = build(*args)
+        torch.nn.init.normal_(nets[0].policy_head.weight)
+        started.append([{name: x.clone() for name, x in net.state_dict().items()} for net in nets])
+        return nets
+
+    monkeypatch.setattr(magpo, "build", built)
+    options = QUICK | dict(env="matrix_sum10", backtracking="reset", learning_rate=1e-30, runs_dir=str(tmp_path))
+    _, *nets = magpo.load(magpo.train(magpo.Args(**options)) / "checkpoint.pt")
+    moved = [
+        [name for name, x in net.state_dict().items() if (x - old[name]).abs().max() > 1e-9]
+        for net, old in zip(nets, started[0])
+    ]
+    assert moved == [["policy_head.weight"], []]
+
+
+def test_exercise_learning_hard_backtracking_finds_sum10(tmp_path):
+    args = magpo.Args(env="matrix_sum10", backtracking="reset", runs_dir=str(tmp_path), eval_episodes=256, eval_every=1000)
+    probs = product_policy(magpo.load(magpo.train(args) / "checkpoint.pt")[2])
+    assert expected_payoff(envs.make(args.env, 1).payoff.double(), probs) > 0.9
+
+
+def test_logged_returns_are_of_the_updated_learners(tmp_path):
+    """The last row's learner_return is what the checkpoint plays, not what the learners of before the update did."""
+    options = QUICK | dict(env="mpe_spread", eval_episodes=8, learning_rate=0.02, runs_dir=str(tmp_path))
+    run_dir = magpo.train(magpo.Args(**options))
+    args, guider, learner = magpo.load(run_dir / "checkpoint.pt")
+    played = magpo.evaluate(args, guider, learner, "learner", args.num_envs, args.seed + 1).mean().item()
+    assert float(read_metrics(run_dir)[-1]["learner_return"]) == played
 
 
 def test_learners_score_the_same_on_mpe2(tmp_path):
@@ -2431,3 +2497,136 @@ def test_render_refuses(env, path, sentence, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=sentence) as error:
         watch.render(magpo.Args(env=env), None, tmp_path / path)
     assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Course kit
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+needs_kit = pytest.mark.skipif(not kit.BUGS, reason="a hand-out has neither solutions nor bugs")
+
+
+def outcomes(folder, expression):
+    """Run the tests that the expression selects in a tree -> set of (outcome, exercise)."""
+    result = run(f"python -m pytest -q --tb=no -rA -k '{expression}'", folder)
+    return set(re.findall(r"^(PASSED|FAILED|ERROR) test_magpo.py::test_exercise_([^_]+)", result.stdout, re.M))
+
+
+@needs_kit
+def test_hand_out_lacks_the_solutions_and_nothing_else(tmp_path):
+    folder = tmp_path / "course"
+    kit.handout(folder)
+    names = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    tracked = subprocess.run(["git", "ls-files"], cwd=HERE, capture_output=True, text=True, check=True).stdout.split("\n")
+    assert names == {name for name in tracked if name and not name.startswith("figures/bugs/")}  # no .git either
+    texts = {name: (folder / name).read_bytes() for name in names}
+    assert {name for name in names if texts[name] != (HERE / name).read_bytes()} == {"magpo.py", "TUTORIAL.md"}
+    bodies = "".join(body[0] for body in kit.SOLUTION.finditer((HERE / "magpo.py").read_text()))
+    long = [line.strip().encode() for line in bodies.splitlines() if len(line.strip()) > 30]
+    assert len(long) > 20 and not [(line, name) for line in long for name in names if line in texts[name]]
+    assert texts["magpo.py"].count(b"raise NotImplementedError") == 6 and b"details>" not in texts["TUTORIAL.md"]
+
+    assert run("python magpo.py --help", folder).returncode == 0  # imports envs.py, too
+    assert outcomes(folder, "exercise") == {("FAILED", name) for name in ("1", "2", "3", "4", "5", "learning")}
+
+
+@needs_kit
+@pytest.mark.slow
+@pytest.mark.parametrize("solved", [1, 2, 3, 4])
+def test_exercise_needs_only_those_before_it(solved, tmp_path):
+    kit.handout(tmp_path / "course")
+    exercise = iter([2, 2, 1, 3, 4, 5])  # in the file's order
+    source = kit.SOLUTION.sub(
+        lambda body: body[0] if next(exercise) <= solved else f"{body[1]}raise NotImplementedError\n",
+        (HERE / "magpo.py").read_text(),
+    )
+    (tmp_path / "course" / "magpo.py").write_text(source)
+    expected = {("PASSED" if number <= solved else "FAILED", str(number)) for number in range(1, 6)}
+    assert outcomes(tmp_path / "course", "exercise and not learning") == expected
+
+
+@pytest.mark.parametrize("words", ["", "handout", "handout .", "bug 0 x", "bug 6 x", "bug x"])
+def test_kit_refuses_in_one_sentence(words, tmp_path):
+    result = run(f"python {HERE / 'figures' / 'kit.py'} {words}", tmp_path)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["x = 1\n", "### BEGIN SOLUTION\nx = 1\n", "    ### BEGIN SOLUTION\n    x\n    ### END SOLUTION\n### END SOLUTION\n"],
+)
+def test_kit_refuses_markers_without_partners(source):
+    with pytest.raises(ValueError, match="no solutions to cut"):
+        kit.without_solutions(source)
+
+
+CAUGHT = {  # the test that finds each bug of figures/bugs
+    "1": lambda *_: test_exercise_2_sampled_logprobs_equal_the_parallel_pass(False, False),
+    "2": lambda *_: test_exercise_1_gae_against_brute_force(),
+    "3": lambda chaos, _: test_training_on_what_was_seen("magpo", True, chaos),
+    "4": lambda _, folder: test_logged_returns_are_of_the_updated_learners(folder),
+    "5": lambda *_: test_exercise_2_guider_is_causal(),
+}
+
+
+@needs_kit
+@pytest.mark.parametrize("number", CAUGHT)
+def test_bugs_apply_import_and_are_caught(number, chaos, tmp_path, monkeypatch):
+    assert len(kit.BUGS) == len(CAUGHT)
+    CAUGHT[number](chaos, tmp_path)
+    kit.bug(number, tmp_path / "bug")
+    spec = importlib.util.spec_from_file_location("magpo", tmp_path / "bug" / "magpo.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.undo()
+    monkeypatch.setattr(sys.modules[__name__], "magpo", module)
+    with pytest.raises(AssertionError):
+        CAUGHT[number](chaos, tmp_path)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Documents
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def anchors(document):
+    """Anchors of a Markdown file, as GitHub makes them from its headings, and those it sets itself."""
+    text = re.sub(r"```.*?```", "", document.read_text(), flags=re.S)
+    headings = re.findall(r"^#+ +(.+)$", text, re.M)
+    slugs = [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
+    return slugs + re.findall(r'<a (?:id|name)="([^"]+)"', text)
+
+
+@pytest.mark.parametrize("document", ["README.md", "TUTORIAL.md"])
+def test_documents_point_at_what_exists(document):
+    """Links of a document lead to files and anchors that exist; names and options between backticks are in the code."""
+    text = re.sub(r"```.*?```", "", (HERE / document).read_text(), flags=re.S)
+    wrong = []
+    for target in re.findall(r"\]\(([^)\s]*)\)", text) + re.findall(r'(?:src|href)="([^"]*)"', text):
+        if ":" in target:  # the web; only its form, as CI may be without it
+            url = urllib.parse.urlsplit(target)
+            good = url.scheme == "https" and "." in url.netloc
+        else:
+            path, _, anchor = target.partition("#")
+            file = HERE / (path or document)
+            good = file.exists() and (not anchor or anchor in anchors(file))
+        wrong += [] if good else [target]
+
+    code = "\n".join(file.read_text() for file in [*HERE.glob("*.py"), *HERE.glob("figures/*.py")])
+    options = {"help"} | {field.name.replace("_", "-") for field in magpo.fields(magpo.Args)}
+    for span in re.findall(r"`([^`\n]+)`", text):
+        if span.startswith(("--", "python magpo.py")):
+            good = all(
+                option in options or option.removeprefix("no-") in options for option in re.findall(r"--([a-z][a-z-]*)", span)
+            )
+        elif re.fullmatch(r"test_\w*\*?", span):
+            good = any(name == span or span.endswith("*") and name.startswith(span[:-1]) for name in globals())
+        elif re.fullmatch(r"[\w./]+\.(py|md|txt|csv|png|ini)", span) and "/" in span:
+            good = (HERE / span).exists()
+        elif re.fullmatch(r"[A-Za-z_][\w.]*(\(\))?", span):
+            good = all(re.search(rf"{part}\b", code) for part in span.removesuffix("()").split("."))
+        else:
+            continue
+        wrong += [] if good else [span]
+    assert not wrong
