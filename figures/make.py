@@ -19,6 +19,7 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
+import torch
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -233,6 +234,22 @@ def draw_kl_direction():
     savefig("kl_direction")
 
 
+def draw_clip():
+    """Eq. 9's objective for one sample against mu/pi, with the bound delta and without it (PPO), for both signs of A."""
+    gap = torch.linspace(math.log(0.25), math.log(4), 400)  # log mu/pi
+    pi_over_old, zero = math.log(0.6), torch.zeros(1)  # pi plays this action less often than mu did in the rollout
+    _, axes = plt.subplots(1, 2, figsize=(9, 3.2))
+    for ax, sign in zip(axes, (1.0, -1.0)):
+        for delta, style in ((math.inf, "k:"), (1.5, "tab:blue")):
+            points = ((pi_over_old + g, torch.tensor(pi_over_old), zero, torch.tensor(sign), zero) for g in gap)
+            ax.plot(gap.exp(), [-magpo.guider_loss(*p, 0.2, delta)[0] for p in points], style, label=f"delta = {delta:g}")
+        for bound in (1 / 1.5, 1.5):
+            ax.axvline(bound, color="gray", lw=0.8, ls="--")
+        ax.set(xlabel="mu/pi", ylabel="objective, min(r A, rho A)", title=f"A = {sign:+.0f}, pi/mu_old = 0.6, epsilon = 0.2", xscale="log")
+        ax.set_xticks([0.25, 0.5, 1, 2, 4], ["0.25", "0.5", "1", "2", "4"]), ax.minorticks_off(), ax.legend(fontsize=8)
+    savefig("clip")
+
+
 def draw():
     for name in ("mpe_spread", "coordsum", "sum10"):
         if read(name):
@@ -242,6 +259,7 @@ def draw():
     if read("delta_lambda"):
         draw_delta_lambda()
     draw_kl_direction()
+    draw_clip()
 
 
 if __name__ == "__main__":
