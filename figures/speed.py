@@ -63,8 +63,8 @@ def train(evaluates=False, **options):
     stub = contextlib.nullcontext() if evaluates else mock.patch.object(magpo, "evaluate", lambda *_: torch.zeros(2))
     quiet = contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO())
     with tempfile.TemporaryDirectory() as folder, stub, quiet[0], quiet[1]:
-        with open(magpo.train(magpo.Args(**options, runs_dir=folder)) / "metrics.csv") as file:
-            return [{key: float(x) for key, x in row.items()} for row in csv.DictReader(file)]
+        metrics = (magpo.train(magpo.Args(**options, runs_dir=folder)) / "metrics.csv").read_text()
+    return [{key: float(x) for key, x in row.items()} for row in csv.DictReader(metrics.splitlines())]
 
 
 def spent(rows, key="cpu_seconds"):
@@ -115,12 +115,11 @@ def throughput(rounds=5, mpe2_steps=4000, spread_steps=100, iterations=5):
     for name in list(rates)[1:]:
         rates[f"{name} / mpe2"] = [rate / base for rate, base in zip(rates[name], rates["mpe2"])]
     bars = {"SimpleSpread, 2,048 copies / mpe2": 200, "training / mpe2": 2.5}
-    columns = {"median": statistics.median, "lowest": min, "highest": max}
-    rows = [
-        {"what": name} | {key: float(f(x)) for key, f in columns.items()} | {"bar": bars.get(name, "")}
-        for name, x in rates.items()
-    ]
-    write("throughput", [row | {"rounds": rounds} | MACHINE for row in rows])
+    rows = []
+    for what, x in rates.items():
+        row = dict(what=what, median=statistics.median(x), lowest=min(x), highest=max(x), bar=bars.get(what, ""), rounds=rounds)
+        rows.append(row | MACHINE)
+    write("throughput", rows)
 
 
 # --- Where the time goes ----------------------------------------------------------------------------------------------
@@ -170,26 +169,23 @@ def clock(times):
             yield iteration
         phase("outside")
 
-    adam, losses = torch.optim.Adam, (None, "update: losses")
-    wraps = [
-        (magpo.Guider, "act", "rollout: guider", None),
-        (magpo.Guider, "encode", "rollout: guider", "update: guider forward"),
-    ]
-    wraps += [
-        (magpo.Guider, "forward", None, "update: guider forward"),
-        (magpo.Learner, "forward", None, "update: learner forward"),
-    ]
-    wraps += [(magpo.Learner, "params", "rollout: learner", "update: learner forward")]
-    wraps += [(envs.BatchedEnv, "step", "rollout: environment", None), (torch.Tensor, "backward", None, "update: backward")]
-    wraps += [(magpo, name, *losses) for name in ("guider_loss", "learner_loss", "kl_divergence", "detached")]
-    wraps += [(magpo.Categorical, "log_prob", *losses), (magpo.Categorical, "entropy", *losses)]
-    wraps += [
-        (owner, name, None, "update: clip, Adam") for owner, name in ((torch.nn.utils, "clip_grad_norm_"), (adam, "zero_grad"))
-    ]
-    wraps += [(adam, "step", None, "update: clip, Adam")]
+    losses = [(magpo, name) for name in ("guider_loss", "learner_loss", "kl_divergence", "detached")]
+    losses += [(magpo.Categorical, "log_prob"), (magpo.Categorical, "entropy")]
+    steps = [(torch.nn.utils, "clip_grad_norm_"), (torch.optim.Adam, "zero_grad"), (torch.optim.Adam, "step")]
+    names = {  # in the rollout (without gradients) and in the update; None: the time stays with who called
+        (magpo.Guider, "act"): ("rollout: guider", None),
+        (magpo.Guider, "encode"): ("rollout: guider", "update: guider forward"),
+        (magpo.Guider, "forward"): (None, "update: guider forward"),
+        (magpo.Learner, "params"): ("rollout: learner", "update: learner forward"),
+        (magpo.Learner, "forward"): (None, "update: learner forward"),
+        (envs.BatchedEnv, "step"): ("rollout: environment", None),
+        (torch.Tensor, "backward"): (None, "update: backward"),
+        **dict.fromkeys(losses, (None, "update: losses")),
+        **dict.fromkeys(steps, (None, "update: clip, Adam")),
+    }
     with contextlib.ExitStack() as stack:
-        for owner, name, *labels in wraps:
-            stack.enter_context(mock.patch.object(owner, name, named(getattr(owner, name), *labels)))
+        for (owner, name), pair in names.items():
+            stack.enter_context(mock.patch.object(owner, name, named(getattr(owner, name), *pair)))
         stack.enter_context(mock.patch.object(tqdm, "__iter__", iterations))
         stack.enter_context(mock.patch.object(torch, "randperm", entering("update: rest", torch.randperm)))
         stack.enter_context(mock.patch.object(SummaryWriter, "add_scalar", entering("logging", SummaryWriter.add_scalar)))
@@ -280,9 +276,8 @@ def growth(sizes=SIZES, iterations=3, memory_sizes=(3, 50)):
             train(**kwargs, num_minibatches=num_agents, total_timesteps=iterations * 600)
         microseconds = 1e6 / (times["iterations"] * 600 * num_agents)
         update = sum(seconds for name, seconds in times.items() if name.startswith("update"))
-        row = dict(
-            num_agents=num_agents, act_us=times["rollout: guider"] * microseconds, update_us=update * microseconds, peak_mib=""
-        )
+        act, update = times["rollout: guider"] * microseconds, update * microseconds
+        row = dict(num_agents=num_agents, act_us=act, update_us=update, peak_mib="")
         if num_agents in memory_sizes:
             command = [sys.executable, __file__, "memory", str(num_agents)]
             row["peak_mib"] = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
