@@ -2502,6 +2502,19 @@ def test_render_refuses(env, path, sentence, tmp_path, monkeypatch):
     assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
 
 
+def test_the_readmes_snippet_acts_as_the_learners_do(trained, monkeypatch):
+    (code,) = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.S)
+    names = {}
+    exec(code.replace("runs/my_run", str(trained[0])), names)
+    learner, obs = names["learner"], torch.randn(3, 18)
+    torch.nn.init.normal_(learner.policy_head.weight, std=3.0)
+    for agent in range(3):
+        torch.manual_seed(agent)
+        chosen = [names["act"](agent, obs[agent].numpy()) for _ in range(400)]
+        seen = torch.bincount(torch.tensor(chosen), minlength=5) / 400
+        torch.testing.assert_close(seen, learner(obs).probs[agent].detach(), atol=0.1, rtol=0)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Measuring speed: figures/speed.py
 # ----------------------------------------------------------------------------------------------------------------------
