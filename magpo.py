@@ -114,7 +114,7 @@ def validate(args):
         (args.delta > 1, f"delta must be above 1 (the guider's distance from the learners), but is {args.delta}."),
         (
             samples % args.num_minibatches == 0,
-            "num_minibatches must divide a process's num_envs x num_steps, or num_envs if recurrent.",
+            "num_minibatches must divide num_envs x num_steps, or num_envs if recurrent.",
         ),
         (args.seed < 2**32, f"seed must lie in [0, 2**32), but is {args.seed}."),
         (not (args.algo == "mappo" and args.residual), "mappo has no guider policy, so it knows neither residual nor reset."),
