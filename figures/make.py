@@ -41,6 +41,7 @@ OTHERS = (
     "gym:Foraging-8x8-2p-2f-coop-v3",
     "gym:Foraging-2s-8x8-2p-2f-coop-v3",
 )
+BEFORE = dict(num_minibatches=16, learning_rate=3e-3, delta=2.0, lam=1.0)  # mpe_spread's preset when backtracking was compared
 
 
 def grid(seeds, **options):
@@ -50,15 +51,15 @@ def grid(seeds, **options):
 
 
 EXPERIMENTS = {
-    "mpe_spread": grid((1, 2, 3), env="mpe_spread", algo=ALGOS),
+    "mpe_spread": grid((1, 2, 3, 4, 5), env="mpe_spread", algo="magpo") + grid((1, 2, 3), env="mpe_spread", algo=("mappo", "ctds")),
     "coordsum": grid((1, 2, 3, 4, 5), env="coordsum_3x10", algo=ALGOS),
     "sum10": grid((1, 2, 3, 4, 5), env="matrix_sum10", algo=ALGOS),
     "matrix": grid((1, 2, 3, 4, 5), env=("matrix_climbing", "matrix_penalty", "matrix_xor", "matrix_sum10")),
     "delta_matrix": grid((1, 2, 3, 4, 5), env=("matrix_climbing", "matrix_sum10"), delta=DELTAS),
-    "delta_coordsum": grid((1, 2), env="coordsum_3x10", delta=DELTAS, total_timesteps=240_000),
+    "delta_coordsum": grid((1, 2), env="coordsum_3x10", delta=(1.05, 1.5, 4.0, math.inf), total_timesteps=240_000),
     "delta_lambda": grid((1, 2, 3), env="matrix_sum10", delta=(1.05, 1.2, 1.5, 2.0, math.inf), lam=(0.0, 0.5, 2.0, 8.0)),
     "backtracking": grid((1, 2, 3), env="coordsum_3x10", backtracking=("soft", "reset"), residual=(False, True), total_timesteps=240_000)
-    + grid((1,), env="mpe_spread", backtracking=("soft", "reset"), residual=(False, True), total_timesteps=800_000),
+    + grid((1,), env="mpe_spread", backtracking=("soft", "reset"), residual=(False, True), total_timesteps=800_000, **BEFORE),
     "others": grid((1, 2, 3), env=OTHERS, total_timesteps=100_000),
     "gamma": grid((1, 2, 3), env="coordsum_3x10", algo=("magpo", "mappo"), gamma=0.9),
 }
