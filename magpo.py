@@ -118,14 +118,14 @@ def validate(args):
         ),
         (args.seed < 2**32, f"seed must lie in [0, 2**32), but is {args.seed}."),
         (not (args.algo == "mappo" and args.residual), "mappo has no guider policy, so it knows neither residual nor reset."),
+        (args.eval or not args.render, "render needs eval: it shows the learners of a checkpoint."),
         (args.num_envs % WORLD == 0, f"num_envs must be a multiple of torchrun's processes, {WORLD}."),
         (args.total_timesteps >= args.num_envs * args.num_steps, "total_timesteps is below one rollout, num_envs x num_steps."),
     ):
         if not good:
             raise ValueError(message)
     make_envs(args, 1).close()
-    if args.resume:
-        read_checkpoint(args.resume)
+    args.resume and read_checkpoint(args.resume)
 
 
 # --- Networks ---------------------------------------------------------------------------------------------------------
@@ -573,9 +573,9 @@ def load(path, **changes):
 def main():
     """The command line: options as in Args; wrong ones end in one sentence and exit code 2, what stops a run in 1, 130 or 143."""
     env = re.findall(r"--env[ =](\S+)", " ".join(sys.argv))
-    default = Args(env=env[-1] if env else Args.env)  # so that --help shows the preset, too
-    args = tyro.cli(Args, default=default)
-    given = {name: value for name, value in asdict(args).items() if value != getattr(default, name) or env and name == "env"}
+    args = tyro.cli(Args, default=Args(env=env[-1] if env else Args.env))  # so that --help shows the preset, too
+    words = {re.sub("^--(no-)?", "", word).split("=")[0].replace("-", "_") for word in sys.argv}
+    given = {name: value for name, value in asdict(args).items() if name in words}
     try:
         if args.resume and len(given) > 1:
             raise ValueError("--resume goes on by the run's own options: give no others.")
