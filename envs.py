@@ -495,6 +495,12 @@ class Team(gymnasium.Env):
         self.env.close()
 
 
+def in_worker(*args):
+    """A Team in a process of its own, which a Ctrl-C meant for the whole group shall not stop in the middle of a step."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN), signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    return Team(*args)
+
+
 def probe(env_id, kwargs, state):
     """Play 200 random, allowed steps on a copy of its own -> keys that infos will have, state_dim.
 
@@ -544,7 +550,7 @@ class AdaptedEnv(VectorWrapper):
         self.device = torch.device(device)
         self.keys, self.state_dim = probe(env_id, kwargs, state)
         vector_env = AsyncVectorEnv if num_workers else SyncVectorEnv
-        copies = [partial(Team, env_id, kwargs, self.state_dim)] * num_envs
+        copies = [partial(in_worker if num_workers else Team, env_id, kwargs, self.state_dim)] * num_envs
         super().__init__(vector_env(copies, autoreset_mode=AutoresetMode.SAME_STEP))
         self.observation_space = self.env.observation_space["obs"]
         self.single_observation_space = self.env.single_observation_space["obs"]
@@ -624,11 +630,12 @@ def make_envs(args, num_envs, device="cpu"):
     """E copies of the environment that magpo.Args name -> gymnasium.vector.VectorEnv; ValueError if they cannot be made."""
     if args.num_workers not in (0, args.num_envs):
         raise ValueError("num_workers must be 0 or num_envs: gymnasium runs one process per copy.")
+    workers = num_envs if args.num_workers and num_envs > 1 else 0
     try:
         kwargs = dict(**json.loads(args.env_kwargs))
     except (ValueError, TypeError):
         raise ValueError(f"env_kwargs must be a JSON object such as '{{\"N\": 5}}', not {args.env_kwargs!r}.") from None
-    return make(args.env, num_envs, device, num_envs if args.num_workers else 0, args.state, **kwargs)
+    return make(args.env, num_envs, device, workers, args.state, **kwargs)
 
 
 def gather(x):
@@ -653,8 +660,8 @@ def share_gradients(parameters):
 
 
 def check_finite(iteration, cause, quantities):
-    """Raise FloatingPointError for the quantity (of a dict of tensors) that is the first, by index, to be nan or infinite."""
-    bad = {name: ~x.isfinite().flatten() for name, x in quantities.items()}
+    """Raise FloatingPointError for the quantity (of a dict of tensors) in whose first axis nan or infinity comes first."""
+    bad = {name: ~x.reshape(len(x), -1).isfinite().all(1) for name, x in quantities.items()}
     first = {name: x.int().argmax().item() for name, x in bad.items() if x.any()}
     if first:
         name = min(first, key=first.get)
@@ -663,24 +670,30 @@ def check_finite(iteration, cause, quantities):
 
 def catch_signals():
     """A list that will hold the number of the first Ctrl-C or SIGTERM; a second one ends the process at once."""
-    caught = []
+    caught, numbers = [], (signal.SIGINT, signal.SIGTERM)
 
     def catch(number, _):
-        print("Stopping after this iteration.", flush=True)
-        caught.append(number), signal.signal(number, signal.SIG_DFL)
+        caught.append(number)
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
+        os.write(2, b"\nStopping after this iteration.\n")  # print may be in the middle of something
 
-    signal.signal(signal.SIGINT, catch), signal.signal(signal.SIGTERM, catch)
+    for number in numbers:
+        signal.signal(number, catch)
     return caught
 
 
 def read_checkpoint(path, device="cpu"):
-    """Read a checkpoint, or that of a run's folder -> dict; it runs no code of the file's. ValueError if it cannot be read."""
+    """Read a checkpoint, or that of a run's folder -> dict; ValueError if it cannot be read.
+
+    It runs no code of the file's; but the environment it names is imported, by whoever uses it.
+    """
     path = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
     try:
         contents = torch.load(path, map_location=device, weights_only=True)
-        if contents["version"] == VERSION:
+        if contents["version"] == VERSION and {"args", "iteration", "rows", "here", "guider", "learner"} <= contents.keys():
             return contents
-        reason = f"its version is {contents['version']}, not {VERSION}"
+        reason = f"its version is {contents['version']}, not {VERSION}, or it is not whole"
     except Exception as error:  # torch.load raises many kinds for missing, empty, cut, foreign and malicious files
         reason = f"{type(error).__name__}: {error}".split("\n")[0]
     raise ValueError(f"{path} cannot be read as a checkpoint of magpo.py: {reason}")
@@ -690,10 +703,10 @@ class Run:
     """A run's device and folder: metrics.csv, TensorBoard events and checkpoint.pt. Of torchrun's processes, rank 0 writes.
 
     Args:
-        args: magpo.Args, asdict'ed; with "resume", all others are taken from the run that is to go on.
+        args: magpo.Args, asdict'ed; "resume" is empty, or the run to go on with.
 
     Attributes:
-        args: the options that hold, a dict. device: where to train. path: the folder. seed: of environments and sampling.
+        device: where to train. path: the folder. seed: of this process's environments and sampling.
         iteration, num_iterations: how many are behind us, and in all. leads: whether this process writes and prints.
 
     Raises:
@@ -701,8 +714,7 @@ class Run:
     """
 
     def __init__(self, args):
-        self.saved = read_checkpoint(args["resume"]) if args["resume"] else {}
-        self.args = self.saved.get("args", args) | {"resume": args["resume"]}
+        self.args = args
         cuda = self.args["cuda"] and torch.cuda.is_available()
         self.leads = RANK == 0
         sys.stdout = sys.stdout if self.leads else open(os.devnull, "w")
@@ -711,7 +723,7 @@ class Run:
         self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
         if cuda:
             torch.cuda.set_device(self.device)
-            self.saved = read_checkpoint(args["resume"], self.device) if args["resume"] else {}
+        self.saved = read_checkpoint(args["resume"], self.device) if args["resume"] else {}
         if WORLD > 1 and not dist.is_initialized():
             dist.init_process_group("nccl" if cuda else "gloo")
             atexit.register(dist.destroy_process_group)
@@ -723,12 +735,15 @@ class Run:
         self.generator = torch.cuda.default_generators[self.device.index] if cuda else torch.default_generator
         self.samples = self.args["num_envs"] * self.args["num_steps"]
         self.num_iterations = self.args["total_timesteps"] // self.samples
-        self.seed = self.args["seed"] + 2**32 * RANK + self.iteration
+        self.seed = self.args["seed"]
+        if RANK or self.iteration:  # PyTorch's generators on the CPU heed 32 bits of a seed only, so that adding will not do
+            self.seed = int(np.random.SeedSequence((self.seed, RANK, self.iteration)).generate_state(1)[0])
         name = "{env}__{algo}__{seed}__".format(**self.args).replace(":", "_") + f"{time.time():.2f}"
         self.file = self.table = None
         self.path = Path(args["resume"] or Path(args["runs_dir"]) / name)
+        self.path = self.path.parent if self.path.is_file() and self.saved else self.path
         if self.leads:
-            self.path.mkdir(parents=True, exist_ok=True)
+            self.path.mkdir(parents=True, exist_ok=bool(self.saved))
             self.writer = SummaryWriter(self.path, purge_step=self.iteration * self.samples + 1)
         before = self.rows[-1] if self.rows else {"seconds": 0, "cpu_seconds": 0}
         self.start = time.time() - before["seconds"], time.process_time() - before["cpu_seconds"]
@@ -750,7 +765,7 @@ class Run:
         for name, part in parts.items() if self.saved else ():
             part.load_state_dict(self.saved[name])
         here = self.saved.get("here", {})
-        if here.get("device") == self.device.type:
+        if WORLD == 1 and here.get("device") == self.device.type:
             self.generator.set_state(here["generator"].cpu())
             return here
         if self.saved:
@@ -760,22 +775,22 @@ class Run:
         return {}
 
     def stops(self, stop):
-        """Whether any process has something in its list `stop`; if so, says how to go on."""
-        if stops := bool(gather(torch.full((1, 1), len(stop), device=self.device)).any()):
-            print(f"Stopped after iteration {self.iteration}. To go on: python magpo.py --resume {self.path}")
-        return stops
+        """Whether any process has something in its list `stop`."""
+        return bool(gather(torch.full((1, 1), len(stop), device=self.device)).any())
 
     def save(self, parts, envs, air):
         """Replace the checkpoint at once: whoever is killed meanwhile, or finds the disk full, leaves the old one whole."""
+        if not self.leads:
+            return
         here = dict(envs=envs.state_dict(), air=air, generator=self.generator.get_state(), device=self.device.type)
         contents = dict(version=VERSION, args=self.args | {"resume": ""}, iteration=self.iteration, rows=self.rows)
         contents |= {name: part.state_dict() for name, part in parts.items()}
-        memory = io.BytesIO()
+        memory = io.BytesIO()  # so that a full disk is an OSError, and nothing is computed while the file is open
         torch.save(contents | {"here": here if here["envs"] and WORLD == 1 else {}}, memory)
-        if self.leads:
-            with open(self.path / "checkpoint.tmp", "wb") as file:
-                file.write(memory.getbuffer()), file.flush(), os.fsync(file.fileno())
-            os.replace(file.name, self.path / "checkpoint.pt")
+        with open(self.path / "checkpoint.tmp", "wb") as file:
+            file.write(memory.getbuffer()), file.flush(), os.fsync(file.fileno())
+        os.replace(file.name, self.path / "checkpoint.pt")
+        self.writer.flush()
 
     def log(self, iteration, row):
         """Count an iteration as done, and add its row, behind the step and the times so far, to metrics.csv and TensorBoard."""
@@ -798,3 +813,5 @@ class Run:
         if self.file:  # a finished run may be resumed, to no effect
             self.file.close()
         print(f"Everything is in {self.path}")
+        if self.iteration < self.num_iterations:
+            print(f"Stopped after iteration {self.iteration}. To go on: python magpo.py --resume {self.path}")

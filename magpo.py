@@ -85,7 +85,9 @@ class Args:
     eval_episodes: int = 1024  # episodes behind each line of the final table
     save_every: int = 25  # iterations between two checkpoints
     resume: str = ""  # run folder of a run to go on with, by its own options
-    eval: str = ""  # checkpoint to evaluate instead of training; --env may name another environment of the same shape
+    eval: str = (
+        ""  # checkpoint to evaluate, on the CPU, instead of training; --env may name another environment of the same shape
+    )
     render: str = ""  # with --eval: picture of the learners, a .gif of mpe_spread and pettingzoo:, else a .png
 
     def __init__(self, **given):
@@ -93,8 +95,10 @@ class Args:
         if unknown := given.keys() - known.keys():
             raise TypeError(f"Args has no option {', '.join(sorted(unknown))}")
         preset = PRESETS.get(re.split("[_:]", given.get("env", self.env))[0], {})
+        if given.keys() == {"resume"}:
+            preset = read_checkpoint(given["resume"])["args"]
         for name, value in (known | preset | given).items():
-            setattr(self, name, value)
+            setattr(self, name, type(known[name])(value))
         self.residual |= self.backtracking == "reset"
         if self.algo == "ctds" or self.backtracking == "reset":
             self.delta = math.inf
@@ -125,7 +129,6 @@ def validate(args):
         if not good:
             raise ValueError(message)
     make_envs(args, 1).close()
-    args.resume and read_checkpoint(args.resume)
 
 
 # --- Networks ---------------------------------------------------------------------------------------------------------
@@ -319,8 +322,7 @@ def guider_loss(guider_logprobs, learner_logprobs, old_logprobs, advantages, kl,
 
     Args:
         guider_logprobs, learner_logprobs, old_logprobs: log mu, log pi (a constant) and log mu_old of the action taken.
-        advantages: A.
-        kl: KL(mu || pi), same shape.
+        advantages, kl: A and KL(mu || pi), of the same shape.
         clip_coef, delta: epsilon, and the bound above 1 (inf for none).
     """
     ### BEGIN SOLUTION
@@ -341,8 +343,7 @@ def learner_loss(learner_logprobs, old_logprobs, advantages, kl, clip_coef, lam)
     Args:
         learner_logprobs, old_logprobs: log pi and log mu_old of the action taken; the data is nearly on-policy for pi,
             because mu is held close to it.
-        advantages: A.
-        kl: KL(mu || pi) with mu a constant, same shape.
+        advantages, kl: A and KL(mu || pi) with mu a constant, of the same shape.
         clip_coef, lam: epsilon and lambda.
     """
     ### BEGIN SOLUTION
@@ -384,15 +385,12 @@ def empty_memories(args, envs, device):
 def train(args, stop=()):
     """Train a team -> Path of the run's folder (checkpoint.pt, metrics.csv, TensorBoard events).
 
-    Args:
-        stop: a list; once something is in it, training ends after the iteration, to be resumed.
-
+    stop: a list; once something is in it, training ends after the iteration, to be resumed.
     Raises ValueError (options), FloatingPointError (a number that is not finite) and OSError (a file cannot be written).
     """
     validate(args)
     run = Run(asdict(args))  # its folder, checkpoints, processes, device, threads and seed: envs.py
-    args, device = Args(**run.args), run.device
-    T, E = args.num_steps, args.num_envs // WORLD
+    T, E, device = args.num_steps, args.num_envs // WORLD, run.device
     envs = make_envs(args, E, device)
     guider, learner = (network.to(device) for network in build(args, envs))
     parameters = share_gradients([*guider.parameters(), *learner.parameters()])  # one Adam: it treats each by itself
@@ -404,13 +402,13 @@ def train(args, stop=()):
     memories, returns_so_far = here.get("air") or (empty_memories(args, envs, device), torch.zeros(E, device=device))
     guider_inputs, critic_inputs = ("base", "action_mask", "active", "state"), ("active", "state")
     for iteration in (progress := run.progress(envs.note)):
-        if run.iteration % args.save_every == 0:
+        if run.iteration % args.save_every == 0:  # those that are done
             run.save(parts, envs, (memories, returns_so_far))
         remaining = 1 - (iteration - 1) / run.num_iterations if args.anneal_lr else 1.0
         optimizer.param_groups[0]["lr"] = args.learning_rate * remaining
         if args.backtracking == "reset":
             ### BEGIN SOLUTION
-            # Step 4 of the iteration before: a correction of zero is mu = pi (Adam's moments stay)
+            # Step 4 of the iteration before, to the letter: a correction of zero is mu = pi (Adam's moments stay)
             nn.init.zeros_(guider.policy_head.weight), nn.init.zeros_(guider.policy_head.bias)
             ### END SOLUTION
 
@@ -430,7 +428,7 @@ def train(args, stop=()):
                     actions, logprobs, values = guider.act(obs, **pick(step, *guider_inputs), memory=memories[0])
                 obs, rewards, terminations, truncations, infos = envs.step(actions)
                 if device.type == "cpu" or ":" in args.env:  # our own environments need no check that would stall a GPU
-                    check_finite(iteration, f"a fault in {args.env}", dict(observation=obs, reward=rewards))
+                    check_finite(iteration, args.env, dict(observation=obs, reward=rewards) | pick(infos, "final_obs", "state"))
                 memories[0][1] = memories[1][1] = starts = terminations | truncations  # an episode starts with obs
                 returns_so_far = returns_so_far + rewards
                 step |= dict(actions=actions, logprobs=logprobs, values=values, hidden=memories[0][0], rewards=rewards)
@@ -448,7 +446,7 @@ def train(args, stop=()):
             next_values = guider.encode(**last, memory=goes_on)[1].view_as(values) * std + mean
             rewards, *ended = (buffer[name][..., None] for name in ("rewards", "terminations", "truncations"))  # (T, E, 1)
             advantages, returns = compute_gae(rewards, values, next_values, *ended, args.gamma, args.gae_lambda)
-            # Statistics are over all processes, and over the agents still there: the others have no policy loss
+            # Statistics are over all processes. Agents that have left have no advantage, as they have no policy loss
             live = gather(buffer["active"]) if "active" in buffer else ...
             errors, all_returns, all_advantages = gather(returns - values)[live], gather(returns), gather(advantages)[live]
             explained_variance = 1 - errors.var() / all_returns[live].var().clamp(min=1e-8)
@@ -486,11 +484,11 @@ def train(args, stop=()):
                 eq10 = pi_logprobs, b["logprobs"], b["advantages"], kl
                 loss_pi = learner_loss(*(x[live] for x in eq10), args.clip_coef, args.lam)
 
-                # Step 4, guider backtracking: soft, Eq. 9's bound is all of it; reset, mu := pi before the next rollout
                 optimizer.zero_grad()
                 (loss_mu - args.ent_coef * remaining * entropy + args.vf_coef * loss_v + loss_pi).backward()
                 norms = [nn.utils.clip_grad_norm_(net.parameters(), args.max_grad_norm) for net in (guider, learner)]
                 optimizer.step()
+                # Step 4, guider backtracking: soft, nothing is left to do, as Eq. 9 kept mu near pi; reset, see the loop's start
                 losses.append(torch.stack([loss_mu, loss_pi, loss_v, kl[live].mean(), entropy, mask, clipped, *norms]).detach())
 
         names = "guider_loss learner_loss value_loss kl entropy mask_frac clip_frac guider_grad_norm learner_grad_norm".split()
@@ -500,7 +498,7 @@ def train(args, stop=()):
         row = dict(guider_return=finished.mean().item(), learner_return=math.nan)  # nan: no episode ended
         row |= dict(zip(names, gather(losses[None]).mean((0, 1)).tolist()), explained_variance=explained_variance.item())
         if run.leads and (iteration % args.eval_every == 0 or iteration in (1, run.num_iterations)):
-            row["learner_return"] = evaluate(args, guider, learner, "learner", E, args.seed + 1).mean().item()
+            row["learner_return"] = evaluate(args, guider, learner, "learner", args.num_envs, args.seed + 1).mean().item()
             progress.set_postfix(guider=f"{row['guider_return']:.2f}", learners=f"{row['learner_return']:.2f}")
         run.log(iteration, row)
         if run.stops(stop):
@@ -579,20 +577,22 @@ def main():
     try:
         if args.resume and len(given) > 1:
             raise ValueError("--resume goes on by the run's own options: give no others.")
-        validate(args)
+        args = Args(resume=args.resume) if args.resume else args
         if args.eval:
             args, guider, learner = load(args.eval, **given)
+        validate(args)
+        if args.eval:
             print_table(args, guider, learner)
             if args.render:
                 importlib.import_module("figures.watch").render(args, learner, args.render)  # loads what only pictures need
             return
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"magpo.py: {error}", file=sys.stderr)
         sys.exit(2)
     try:
         train(args, stop := catch_signals())
     except (OSError, FloatingPointError) as error:
-        sys.exit(f"magpo.py: {error}; the last checkpoint is as it was.")
+        sys.exit(f"magpo.py: {error}; a checkpoint from before is as it was.")
     sys.exit(128 + stop[0] if stop else 0)
 
 

@@ -2073,7 +2073,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_last_bit(options, tmp_pat
     assert f"Stopped after iteration 2. To go on: python magpo.py --resume {part}" in capsys.readouterr().out
     assert len(read_metrics(part)) == 2
     torch.rand(5)  # what else drew random numbers meanwhile does not matter
-    assert magpo.train(magpo.Args(resume=str(part))) == part
+    assert magpo.train(magpo.Args(resume=str(part / "checkpoint.pt"))) == part
     assert without_times(read_metrics(part)) == without_times(read_metrics(whole))
     ours, theirs = (torch.load(path / "checkpoint.pt", weights_only=True) for path in (part, whole))
     assert ours["iteration"] == theirs["iteration"] == 5
@@ -2087,7 +2087,8 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_last_bit(options, tmp_pat
 
 
 def test_resuming_a_finished_run_changes_nothing(tmp_path):
-    run_dir = magpo.train(magpo.Args(env="matrix_xor", **QUICK | dict(eval_episodes=8), runs_dir=str(tmp_path)))
+    options = QUICK | dict(eval_episodes=np.int64(8), runs_dir=tmp_path)  # of types that a checkpoint could not hold
+    run_dir = magpo.train(magpo.Args(env="matrix_xor", **options))
     before = torch.load(run_dir / "checkpoint.pt", weights_only=True)
     magpo.train(magpo.Args(resume=str(run_dir)))
     after = torch.load(run_dir / "checkpoint.pt", weights_only=True)
@@ -2185,6 +2186,23 @@ def test_eval_refuses_an_environment_of_another_shape(env, trained, monkeypatch,
     assert stop.value.code == 2 and printed.count("\n") == 1 and f"does not fit {env}" in printed
 
 
+def test_eval_takes_the_options_of_the_run(trained, monkeypatch, capsys):
+    words = ["--eval", str(trained[0]), "--env-kwargs", '{"max_cycles": 3}', "--eval-episodes", "8", "--seed", "5"]
+    monkeypatch.setattr(sys, "argv", ["magpo.py", *words])
+    magpo.main()
+    table = capsys.readouterr().out
+    assert "mpe_spread, magpo, seed 5: mean team return over 8 episodes" in table and "heuristic" not in table  # of 3 steps
+
+
+@pytest.mark.parametrize("option", ['--env-kwargs {"num_targets":30}', "--num-envs 0"])
+def test_eval_refuses_wrong_options(option, trained, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["magpo.py", "--eval", str(trained[0]), *option.split()])
+    with pytest.raises(SystemExit) as stop:
+        magpo.main()
+    printed = capsys.readouterr().err
+    assert stop.value.code == 2 and printed.count("\n") == 1 and ("num_targets" in printed or "num_envs must be" in printed)
+
+
 @pytest.mark.parametrize("option", ["--env mpe_spread", "--seed=1", "--no-anneal-lr", "--num_envs 8"])
 def test_resume_takes_no_other_options(option, trained, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["magpo.py", "--resume", str(trained[0]), *option.split()])
@@ -2227,7 +2245,7 @@ def test_fifty_kills_leave_a_checkpoint_that_loads(tmp_path):
     assert iterations == sorted(iterations) and iterations[-1] > 5
 
 
-@pytest.mark.parametrize("part", ["observation", "reward"])
+@pytest.mark.parametrize("part", ["observation", "reward", "final_obs"])
 def test_numbers_of_the_environment_that_are_not_finite_stop_the_run(part, tmp_path, fake, monkeypatch):
     step, calls = Fake.step, []
 
@@ -2236,7 +2254,10 @@ def test_numbers_of_the_environment_that_are_not_finite_stop_the_run(part, tmp_p
         calls.append(0)
         if len(calls) > 2 * 200 + 2 * 8 * 5:  # after two probes and two iterations of 8 copies
             broken = dict.fromkeys("abc", math.nan)
-            obs, rewards = (obs, broken) if part == "reward" else ({agent: math.nan * x for agent, x in obs.items()}, rewards)
+            if part == "reward":
+                rewards = broken
+            elif part == "observation" or all(rest[1].values()):
+                obs = {agent: math.nan * x for agent, x in obs.items()}
         return obs, rewards, *rest
 
     monkeypatch.setattr(Fake, "step", breaks)
@@ -2244,9 +2265,7 @@ def test_numbers_of_the_environment_that_are_not_finite_stop_the_run(part, tmp_p
         env="pettingzoo:fake", **QUICK | dict(eval_every=99, save_every=1, total_timesteps=200), runs_dir=str(tmp_path)
     )
     monkeypatch.setattr(magpo, "evaluate", lambda *_: torch.zeros(1))
-    with pytest.raises(
-        FloatingPointError, match=f"iteration [23]: {part} is not finite; likely cause: a fault in pettingzoo:fake"
-    ):
+    with pytest.raises(FloatingPointError, match=f"iteration [2-5]: {part} is not finite; likely cause: pettingzoo:fake"):
         magpo.train(args)
     (path,) = tmp_path.glob("*/checkpoint.pt")
     assert magpo.read_checkpoint(path)["iteration"] >= 1
@@ -2317,7 +2336,8 @@ if mode == "first_step":  # the same data in one process as in two: copies, acti
     torch.distributions.Categorical.sample = lambda self, shape=(): self.logits.argmax(-1)
 magpo.train(magpo.Args(**options))
 nets = saved["nets"]
-torch.save([[x.data for net in nets for x in net.parameters()], [x.grad for net in nets for x in net.parameters()]], f"{folder}/{WORLD}{RANK}.pt")
+parameters = [x for net in nets for x in net.parameters()]
+torch.save([[x.data for x in parameters], [x.grad for x in parameters], torch.rand(3)], f"{folder}/{WORLD}{RANK}.pt")
 """
 
 
@@ -2335,14 +2355,35 @@ def torchrun(processes, mode, folder):
 def test_two_processes_stay_equal(tmp_path):
     printed, (first, second) = torchrun(2, "train", tmp_path)
     assert all(torch.equal(x, y) for x, y in zip(first[0], second[0], strict=True))
+    assert not torch.equal(first[2], second[2])  # while each drew random numbers of its own
     (run_dir,) = tmp_path.glob("mpe_spread*")  # one folder, one table: rank 0's
     assert printed.count("learner_greedy") == 1 and [row["step"] for row in read_metrics(run_dir)] == ["40", "80", "120"]
 
 
+def test_ranks_have_seeds_of_their_own(monkeypatch, tmp_path):
+    """PyTorch's generator heeds 32 bits of a seed only, so that ranks are told apart by their first random numbers."""
+    args = magpo.asdict(magpo.Args(env="matrix_xor", runs_dir=str(tmp_path)))
+    drawn = {}
+    for rank in range(3):
+        monkeypatch.setattr(envs, "RANK", rank)
+        run = envs.Run(args)
+        run.restore({})
+        drawn[rank] = (*torch.rand(2).tolist(), *envs.make("mpe_spread", 1).reset(seed=run.seed)[0][0, 0, :6].tolist())
+    sys.stdout = sys.__stdout__
+    assert len(set(drawn.values())) == 3
+
+
+def test_episodes_of_one_process_are_not_shared_among_several(monkeypatch, tmp_path, capsys):
+    run_dir = magpo.train(magpo.Args(env="coordsum_3x10", **QUICK | dict(eval_episodes=8), runs_dir=str(tmp_path)), After(1))
+    run = envs.Run(magpo.asdict(magpo.Args(resume=str(run_dir))))
+    monkeypatch.setattr(envs, "WORLD", 2)
+    assert run.restore({}) == {} and "Episodes start anew" in capsys.readouterr().out
+
+
 def test_two_processes_take_the_step_of_one(tmp_path):
     """Actions that do not move (all copies and their order fixed): gradients of two halves average to that of the whole."""
-    ((_, one),) = torchrun(1, "first_step", tmp_path)[1]
-    for _, gradients in torchrun(2, "first_step", tmp_path)[1]:
+    ((_, one, _),) = torchrun(1, "first_step", tmp_path)[1]
+    for _, gradients, _ in torchrun(2, "first_step", tmp_path)[1]:
         assert sum(x.abs().sum() for x in one) > 0.1
         for x, y in zip(one, gradients, strict=True):
             torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-6)
