@@ -60,7 +60,7 @@ EXPERIMENTS = {
     "delta_lambda": grid((1, 2, 3), env="matrix_sum10", delta=(1.05, 1.2, 1.5, 2.0, math.inf), lam=(0.0, 0.5, 2.0, 8.0)),
     "backtracking": grid((1, 2, 3), env="coordsum_3x10", backtracking=("soft", "reset"), residual=(False, True), total_timesteps=240_000)
     + grid((1,), env="mpe_spread", backtracking=("soft", "reset"), residual=(False, True), total_timesteps=800_000, **BEFORE),
-    "others": grid((1, 2, 3), env=OTHERS, total_timesteps=100_000),
+    "others": grid((1, 2, 3), env=OTHERS[:3], total_timesteps=100_000) + grid((1,), env=OTHERS[3:], total_timesteps=100_000),
     "gamma": grid((1, 2, 3), env="coordsum_3x10", algo=("magpo", "mappo"), gamma=0.9),
 }
 EXPERIMENTS["backtracking"] = [run for run in EXPERIMENTS["backtracking"] if run["residual"] or run["backtracking"] == "soft"]
