@@ -56,7 +56,7 @@ EXPERIMENTS = {
     "sum10": grid((1, 2, 3, 4, 5), env="matrix_sum10", algo=ALGOS),
     "matrix": grid((1, 2, 3, 4, 5), env=("matrix_climbing", "matrix_penalty", "matrix_xor", "matrix_sum10")),
     "delta_matrix": grid((1, 2, 3, 4, 5), env=("matrix_climbing", "matrix_sum10"), delta=DELTAS),
-    "delta_coordsum": grid((1, 2), env="coordsum_3x10", delta=(1.05, 1.5, 4.0, math.inf), total_timesteps=240_000),
+    "delta_coordsum": grid((1, 2), env="coordsum_3x10", delta=(1.05, 1.2, 1.5, 4.0, math.inf), total_timesteps=240_000),
     "delta_lambda": grid((1, 2, 3), env="matrix_sum10", delta=(1.05, 1.2, 1.5, 2.0, math.inf), lam=(0.0, 0.5, 2.0, 8.0)),
     "backtracking": grid((1, 2, 3), env="coordsum_3x10", backtracking=("soft", "reset"), residual=(False, True), total_timesteps=240_000)
     + grid((1,), env="mpe_spread", backtracking=("soft", "reset"), residual=(False, True), total_timesteps=800_000, **BEFORE),
