@@ -321,7 +321,7 @@ def guider_loss(guider_logprobs, learner_logprobs, old_logprobs, advantages, kl,
     lets the KL pull it back from where it is already further. Together they are the backtracking (step 4) in practice.
 
     Args:
-        guider_logprobs, learner_logprobs, old_logprobs: log mu, log pi (a constant) and log mu_old of the action taken.
+        guider_logprobs, learner_logprobs, old_logprobs: log mu, log pi (no gradient may reach it) and log mu_old of the action.
         advantages, kl: A and KL(mu || pi), of the same shape.
         clip_coef, delta: epsilon, and the bound above 1 (inf for none).
     """

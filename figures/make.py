@@ -84,6 +84,7 @@ def read(name):
 def sweep(name, text=""):
     """Run what is missing of an experiment; one CSV row per evaluation, the last one of a run over args.eval_episodes."""
     runs, done = EXPERIMENTS[name], {row["command"] for row in read(name)}
+    print(f"{len(done)} runs are in figures/{name}.csv; delete it to repeat them.")
     for number, options in enumerate(runs, 1):
         if command(options) in done or text not in command(options):
             continue
@@ -166,10 +167,12 @@ def draw_curves(name):
         for axes, key, style in ((left, "learner_return", "-"), (right, "learner_return", "-"), (right, "guider_return", ":")):
             if algo == "mappo" and key == "guider_return" or not steps:
                 continue
-            band = np.array([interval([r[key] for r in rows if r["algo"] == algo and r["step"] == step]) for step in steps])
-            axes.plot(steps, band[:, 0], style, color=COLORS[algo], label=f"{algo} {key.split('_')[0]}")
+            points = {step: [r[key] for r in rows if r["algo"] == algo and r["step"] == step] for step in steps}
+            points = {step: values for step, values in points.items() if not np.isnan(values).any()}  # no episode ended there
+            band = np.array([interval(values) for values in points.values()])
+            axes.plot(points.keys(), band[:, 0], style, color=COLORS[algo], label=f"{algo} {key.split('_')[0]}")
             if axes is left:
-                axes.fill_between(steps, band[:, 1], band[:, 2], color=COLORS[algo], alpha=0.2, lw=0)
+                axes.fill_between(points.keys(), band[:, 1], band[:, 2], color=COLORS[algo], alpha=0.2, lw=0)
     env = rows[0]["env"]
     for reference, score in envs.make(env, 1).references.items():
         left.axhline(score, color="gray", lw=0.8, ls="--")
@@ -238,15 +241,16 @@ def draw_kl_direction():
 def draw_clip():
     """Eq. 9's objective for one sample against mu/pi, with the bound delta and without it (PPO), for both signs of A."""
     gap = torch.linspace(math.log(0.25), math.log(4), 400)  # log mu/pi
-    pi_over_old, zero = math.log(0.6), torch.zeros(1)  # pi plays this action less often than mu did in the rollout
+    zero = torch.zeros(1)
     _, axes = plt.subplots(1, 2, figsize=(9, 3.2))
-    for ax, sign in zip(axes, (1.0, -1.0)):
+    for ax, sign, pi in zip(axes, (1.0, -1.0), (0.6, 1.6)):  # pi is behind mu_old, then beyond it: the inner clip binds first
+        pi_over_old = math.log(pi)
         for delta, style in ((math.inf, "k:"), (1.5, "tab:blue")):
             points = ((pi_over_old + g, torch.tensor(pi_over_old), zero, torch.tensor(sign), zero) for g in gap)
             ax.plot(gap.exp(), [-magpo.guider_loss(*p, 0.2, delta)[0] for p in points], style, label=f"delta = {delta:g}")
         for bound in (1 / 1.5, 1.5):
             ax.axvline(bound, color="gray", lw=0.8, ls="--")
-        ax.set(xlabel="mu/pi", ylabel="objective, min(r A, rho A)", title=f"A = {sign:+.0f}, pi/mu_old = 0.6, epsilon = 0.2", xscale="log")
+        ax.set(xlabel="mu/pi", ylabel="objective, min(r A, rho A)", title=f"A = {sign:+.0f}, pi/mu_old = {pi}, epsilon = 0.2", xscale="log")
         ax.set_xticks([0.25, 0.5, 1, 2, 4], ["0.25", "0.5", "1", "2", "4"]), ax.minorticks_off(), ax.legend(fontsize=8)
     savefig("clip")
 
