@@ -14,6 +14,7 @@ import os
 import random
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -35,7 +36,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import envs
 import magpo
-from figures import kit, speed, theory, watch
+from figures import kit, make, speed, theory, watch
 
 HERE = Path(__file__).parent
 torch.set_num_threads(1)
@@ -760,8 +761,8 @@ def test_seeds_repeat(fake):
         actions = torch.randint(3, (40, *env.action_space.shape))
         return torch.stack([env.reset(seed=seed)[0]] + [env.step(a)[0] for a in actions])
 
-    for make in (lambda: envs.make("pettingzoo:mpe2.simple_spread_v3", 2), lambda: fake(entropy=True)):
-        env = make()
+    for build in (lambda: envs.make("pettingzoo:mpe2.simple_spread_v3", 2), lambda: fake(entropy=True)):
+        env = build()
         first = play(env, 3)
         assert torch.equal(play(make(), 3), first) and torch.equal(play(env, 3), first)
         assert not torch.equal(play(env, 4)[0, 0], first[0, 1])  # copies of runs with neighbouring seeds are different ones
@@ -1385,11 +1386,13 @@ def is_equilibrium(payoff, joint):
     return True
 
 
-GAMES = list(itertools.product(["climbing", "penalty", "xor", "sum10"], [1, 2, 3, 4, 5]))
+TRAINED_GAMES = list(itertools.product(["climbing", "penalty", "xor", "sum10"], [1, 2, 3, 4, 5]))
 QUICKLY = {("xor", 1), ("sum10", 1)}  # the others are for CI, so that the suite stays quick
 
 
-@pytest.mark.parametrize("game, seed", [pytest.param(*g, marks=[] if g in QUICKLY else pytest.mark.slow) for g in GAMES])
+@pytest.mark.parametrize(
+    "game, seed", [pytest.param(*g, marks=[] if g in QUICKLY else pytest.mark.slow) for g in TRAINED_GAMES]
+)
 def test_exercise_learning_improvement_on_matrix_games(game, seed, tmp_path):
     """Exact expected payoff of the learners' product policy: above its start, and at an optimum or a pure equilibrium."""
     args = magpo.Args(env=f"matrix_{game}", seed=seed, runs_dir=str(tmp_path), eval_episodes=256, eval_every=1000)
@@ -1545,6 +1548,45 @@ def test_documented_commands_run(command, tmp_path):
     assert "learner_greedy" in result.stdout
     if "--cuda" in command and not torch.cuda.is_available():
         assert "--cuda: PyTorch sees no GPU here; training on the CPU." in result.stdout
+
+
+@pytest.mark.slow
+def test_the_documented_torchrun_runs(tmp_path):
+    (command,) = re.findall(r"^torchrun .*", (HERE / "TUTORIAL.md").read_text(), re.M)
+    command = command.replace("torchrun", "python -m torch.distributed.run").replace("magpo.py", str(HERE / "magpo.py"))
+    result = run(f"{command} --total-timesteps 320 --num-envs 16 --num-steps 10 --eval-episodes 16", tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("learner_greedy") == 1 and len(list(tmp_path.glob("runs/*"))) == 1
+
+
+SMALL = {  # what repeats the figures, at a reduced budget
+    "make.py tables": "make.py tables",
+    "make.py theory": "make.py theory",
+    "references.py": "references.py --spread-episodes 16 --coordsum-episodes 16",
+    "imitation.py": "imitation.py --episodes 16 --updates 3",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", SMALL)
+def test_documented_figures_run(command, tmp_path):
+    assert any(f"python figures/{command}`" in (HERE / document).read_text() for document in ("README.md", "TUTORIAL.md"))
+    shutil.copytree(HERE, tmp_path / "tree", ignore=shutil.ignore_patterns(".git", "runs"))
+    assert run(f"python figures/{SMALL[command]}", tmp_path / "tree").returncode == 0
+
+
+@pytest.mark.slow
+def test_sweeps_go_on_where_they_stopped_and_tables_and_pictures_follow(tmp_path, monkeypatch, capsys):
+    """The experiments of the documents exist, and a sweep runs what is missing only."""
+    documents = (HERE / "README.md").read_text() + (HERE / "TUTORIAL.md").read_text()
+    assert set(re.findall(r"sweep ([a-z]\w+)", documents)) - {"rows"} <= make.EXPERIMENTS.keys()
+    runs = make.grid((1, 2), env="matrix_xor", total_timesteps=2048, eval_episodes=128)
+    monkeypatch.setattr(make, "HERE", tmp_path), monkeypatch.setattr(make, "EXPERIMENTS", {"tiny": runs})
+    make.sweep("tiny", "seed 2"), make.sweep("tiny")
+    last = [row["seed"] for row in make.read("tiny") if row["final"] == 1]
+    assert last == [2, 1] and capsys.readouterr().out.count("cpu-s") == 2
+    make.tables()
+    assert "learners" in capsys.readouterr().out
 
 
 def test_the_tutorials_own_environment_is_learned(tmp_path):

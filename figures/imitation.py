@@ -40,7 +40,7 @@ class Net(nn.Module):
         return self.head(x)
 
 
-def imitate(net, roles, seed, updates=2000, num_envs=512):
+def imitate(net, roles, seed, updates, num_envs=512):
     """Copy the heuristic for `updates` batches of one step of E copies; 70 % of the steps are the heuristic's."""
     env = envs.make("mpe_spread", num_envs)
     obs, _ = env.reset(seed=seed)
@@ -66,14 +66,14 @@ NETS = {
 }
 
 
-def main(seed: int = 1, episodes: int = 4096):
+def main(seed: int = 1, episodes: int = 4096, updates: int = 2000):
     """Train every network of NETS by imitation, let it play, print a table and write figures/imitation.csv."""
     torch.set_num_threads(1)
     rows = ["network,cross_entropy,mean,ci95,cpu_seconds,seed\n"]
     for name, (build, roles) in NETS.items():
         torch.manual_seed(seed)
         net, start = build(), time.process_time()
-        loss, seconds = imitate(net, roles, seed), time.process_time() - start
+        loss, seconds = imitate(net, roles, seed, updates), time.process_time() - start
         with torch.no_grad():
             env = envs.make("mpe_spread", episodes)
             obs, _ = env.reset(seed=seed + 1)
