@@ -764,7 +764,7 @@ def test_seeds_repeat(fake):
     for build in (lambda: envs.make("pettingzoo:mpe2.simple_spread_v3", 2), lambda: fake(entropy=True)):
         env = build()
         first = play(env, 3)
-        assert torch.equal(play(make(), 3), first) and torch.equal(play(env, 3), first)
+        assert torch.equal(play(build(), 3), first) and torch.equal(play(env, 3), first)
         assert not torch.equal(play(env, 4)[0, 0], first[0, 1])  # copies of runs with neighbouring seeds are different ones
         assert not torch.equal(play(env, None)[0], first[0]) and not torch.equal(play(env, None)[0], play(env, None)[0])
 
