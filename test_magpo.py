@@ -1,4 +1,4 @@
-"""Tests: shapes, leaks, equations, environments, learning, command line. `pytest` runs all, in under two minutes on two cores.
+"""Tests: shapes, leaks, equations, environments, learning, command line. `pytest` runs the quick ones, `pytest -m slow` the others.
 
 Wherever it can be had the oracle is independent of the code: mpe2 itself, brute force, hand-computed points, exact
 expectations over all joint actions.
@@ -1387,7 +1387,7 @@ def is_equilibrium(payoff, joint):
 
 
 TRAINED_GAMES = list(itertools.product(["climbing", "penalty", "xor", "sum10"], [1, 2, 3, 4, 5]))
-QUICKLY = {("xor", 1), ("sum10", 1)}  # the others are for CI, so that the suite stays quick
+QUICKLY = {("sum10", 1)}  # the others are for CI
 
 
 @pytest.mark.parametrize(
@@ -1446,6 +1446,7 @@ def test_logged_returns_are_of_the_updated_learners(tmp_path):
     assert float(read_metrics(run_dir)[-1]["learner_return"]) == played
 
 
+@pytest.mark.slow
 def test_learners_score_the_same_on_mpe2(tmp_path):
     """Train briefly on the batched environment, then act from the same starts in both, each agent on its own observation."""
     args = magpo.Args(env="mpe_spread", runs_dir=str(tmp_path), total_timesteps=32_000, eval_episodes=256)
@@ -2422,6 +2423,7 @@ def test_episodes_of_one_process_are_not_shared_among_several(monkeypatch, tmp_p
     assert run.restore({}) == {} and "Episodes start anew" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_two_processes_take_the_step_of_one(tmp_path):
     """Actions that do not move (all copies and their order fixed): gradients of two halves average to that of the whole."""
     ((_, one, _),) = torchrun(1, "first_step", tmp_path)[1]
@@ -2465,7 +2467,9 @@ SPREADS = (
 )
 
 
-@pytest.mark.parametrize("env, options, mpe2_options", SPREADS)
+@pytest.mark.parametrize(
+    "env, options, mpe2_options", [SPREADS[1], *(pytest.param(*x, marks=pytest.mark.slow) for x in (SPREADS[0], *SPREADS[2:]))]
+)
 @torch.no_grad()
 def test_render_shows_what_the_learners_do_in_mpe2(env, options, mpe2_options, tmp_path):
     """Three episodes by hand: every agent is asked alone, the others' observations are nan, a memory is its whole past."""
@@ -2510,6 +2514,7 @@ def test_render_shows_what_the_learners_do_in_mpe2(env, options, mpe2_options, t
         assert np.abs(frame[watch.LINE :] - expected).mean() < 0.5
 
 
+@pytest.mark.slow
 def test_render_long_episodes(tmp_path, monkeypatch):
     """A first episode that fills the film is the only one; of its frames only some are kept, the last one among them."""
     monkeypatch.setattr(watch, "MAX_FRAMES", 8)
@@ -2691,6 +2696,7 @@ def test_clock_leaves_everything_as_it_was():
         assert all(a[key] == b[key] or math.isnan(a[key]) for key in a if "seconds" not in key)
 
 
+@pytest.mark.slow
 def test_profile_adds_up(speed_csvs, capsys):
     speed.profile(3, **TINY)
     rows = {row["what"]: row for row in speed_csvs("profile")}
@@ -2704,6 +2710,7 @@ def test_profile_adds_up(speed_csvs, capsys):
     assert "20 steps per iteration" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_throughput_takes_ratios_within_a_round(speed_csvs, monkeypatch):
     rates = iter([(10.0, 4000.0, 20.0), (20.0, 4000.0, 60.0), (40.0, 4000.0, 80.0)])
     now = []
@@ -2723,6 +2730,7 @@ def test_rates_are_rates():
     assert speed.training_rate(4, **TINY) > 1
 
 
+@pytest.mark.slow
 def test_growth_and_its_picture(speed_csvs, tmp_path):
     speed.growth(sizes=(2, 3), iterations=2, memory_sizes=())
     rows = speed_csvs("growth")
@@ -2755,6 +2763,7 @@ def test_gpu_without_one_is_one_sentence(monkeypatch, capsys):
     assert capsys.readouterr().err == "speed.py: gpu needs a GPU that PyTorch can use; there is none here.\n"
 
 
+@pytest.mark.slow
 def test_gpu_benchmark_on_the_cpu(speed_csvs, monkeypatch):
     """All of it but the profiler, in whose place stand 3 kernels of 0.01 s in all, and what must not be counted with them."""
     cpu, cuda = torch.autograd.DeviceType.CPU, torch.autograd.DeviceType.CUDA
