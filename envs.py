@@ -748,8 +748,22 @@ class Run:
         before = self.rows[-1] if self.rows else {"seconds": 0, "cpu_seconds": 0}
         self.start = time.time() - before["seconds"], time.process_time() - before["cpu_seconds"]
 
-    def progress(self, note):
-        """A progress bar over the iterations still to go, numbered from 1; says what of the options does not count."""
+    def place(self, *networks):
+        """The same networks on the run's device; their forward passes, and so the updates, compiled if --compile asks for it.
+
+        On a GPU as CUDA graphs: what a call returns is overwritten by the next one.
+        """
+        for network in networks:
+            network.to(self.device)
+            if self.args["compile"]:
+                network.compile(mode="reduce-overhead" if self.device.type == "cuda" else "default")
+        return networks
+
+    def iterations(self, note, stop):
+        """Numbers, from 1, of the iterations still to go, until a process has something in its list `stop`; with a progress bar.
+
+        Says first what of the options does not count.
+        """
         print(note, end="\n" if note else "")
         if self.num_iterations * self.samples < self.args["total_timesteps"]:
             print(f"total_timesteps is cut to {self.num_iterations * self.samples}, a multiple of num_envs x num_steps.")
@@ -758,7 +772,11 @@ class Run:
         bar = dict(
             unit="step", unit_scale=self.samples, initial=self.iteration, total=self.num_iterations, disable=not self.leads
         )
-        return tqdm(range(self.iteration + 1, self.num_iterations + 1), **bar)
+        self.bar = tqdm(range(self.iteration + 1, self.num_iterations + 1), **bar)
+        for iteration in self.bar:
+            yield iteration
+            if gather(torch.full((1, 1), len(stop), device=self.device)).any():
+                break
 
     def restore(self, parts):
         """Load what has a state_dict -> what else was saved "here": empty at a start, or if the episodes start anew."""
@@ -773,10 +791,6 @@ class Run:
         if self.seed != self.args["seed"]:
             torch.manual_seed(self.seed)
         return {}
-
-    def stops(self, stop):
-        """Whether any process has something in its list `stop`."""
-        return bool(gather(torch.full((1, 1), len(stop), device=self.device)).any())
 
     def save(self, parts, envs, air):
         """Replace the checkpoint at once: whoever is killed meanwhile, or finds the disk full, leaves the old one whole."""
@@ -806,6 +820,8 @@ class Run:
         self.table.writerow(row), self.file.flush()
         for name, value in row.items():
             self.writer.add_scalar(name, value, step)
+        if row["learner_return"] == row["learner_return"]:  # there was an evaluation
+            self.bar.set_postfix({name: f"{row[name]:.2f}" for name in ("guider_return", "learner_return")})
 
     def close(self):
         """Close the files, and say where they are."""

@@ -27,7 +27,6 @@ from typing import Literal
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 import tyro
 from torch.distributions import Categorical, Distribution, Independent, Normal, kl_divergence
 
@@ -56,6 +55,7 @@ class Args:
     seed: int = 1  # seed of everything random, environments included
     cuda: bool = False  # train on the GPU, if there is one
     torch_deterministic: bool = True  # PyTorch's deterministic algorithms; a warning where there is none
+    compile: bool = False  # torch.compile of the update's networks: for GPUs (as CUDA graphs); on CPUs it does not pay
     torch_threads: int = 1  # CPU threads of PyTorch; on networks this small a second one costs more than it gains
     runs_dir: str = "runs"  # folder that receives this run's folder
 
@@ -85,9 +85,7 @@ class Args:
     eval_episodes: int = 1024  # episodes behind each line of the final table
     save_every: int = 25  # iterations between two checkpoints
     resume: str = ""  # run folder of a run to go on with, by its own options
-    eval: str = (
-        ""  # checkpoint to evaluate, on the CPU, instead of training; --env may name another environment of the same shape
-    )
+    eval: str = ""  # checkpoint to evaluate, on the CPU, instead of training; --env may name another one of the same shape
     render: str = ""  # with --eval: picture of the learners, a .gif of mpe_spread and pettingzoo:, else a .png
 
     def __init__(self, **given):
@@ -116,10 +114,7 @@ def validate(args):
     for good, message in (
         (max(args.gamma, args.gae_lambda) <= 1, "gamma and gae_lambda must lie in [0, 1]."),
         (args.delta > 1, f"delta must be above 1 (the guider's distance from the learners), but is {args.delta}."),
-        (
-            samples % args.num_minibatches == 0,
-            "num_minibatches must divide num_envs x num_steps, or num_envs if recurrent.",
-        ),
+        (samples % args.num_minibatches == 0, "num_minibatches must divide num_envs x num_steps, or num_envs if recurrent."),
         (args.seed < 2**32, f"seed must lie in [0, 2**32), but is {args.seed}."),
         (not (args.algo == "mappo" and args.residual), "mappo has no guider policy, so it knows neither residual nor reset."),
         (args.eval or not args.render, "render needs eval: it shows the learners of a checkpoint."),
@@ -138,6 +133,13 @@ def distribution(params, continuous, action_mask=None):
         return Categorical(logits=params if action_mask is None else params.masked_fill(~action_mask, -1e9))
     mean, log_std = params.chunk(2, -1)
     return Independent(Normal(mean + 0.5, (log_std - 1).clamp(-4, 1).exp()), 1)  # starts in the middle of [0, 1]
+
+
+def sample(policy):
+    """Actions (..., N) or (..., N, A), as policy.sample() would draw them, but without its checks, for which a GPU has to wait."""
+    if policy.has_rsample:
+        return policy.rsample()
+    return (policy.logits - torch.empty_like(policy.logits).exponential_().log()).argmax(-1)  # Gumbel's trick
 
 
 def linear(inputs, outputs, gain):
@@ -196,7 +198,7 @@ class Block(nn.Module):
         if active is not None:  # each agent sees itself, as a row of nothing would be nan
             itself = torch.eye(x.shape[-2], dtype=torch.bool, device=x.device)
             seen = active.reshape(-1, 1, 1, x.shape[-2]) | itself  # (batch, 1, N, N)
-        attended = F.scaled_dot_product_attention(q, k, v, seen, is_causal=causal)
+        attended = nn.functional.scaled_dot_product_attention(q, k, v, seen, is_causal=causal)
         x = x + self.proj(attended.reshape(x.shape))
         return x + self.mlp(x)
 
@@ -252,7 +254,7 @@ class Guider(nn.Module):
         for j in range(obs.shape[-2]):
             now = [None if x is None else x[..., j : j + 1, :] for x in (base, action_mask)]
             mu = self.policy(encoded[..., j : j + 1, :] + before, *now, cache=cache)
-            actions.append(mu.sample())
+            actions.append(sample(mu))
             logprobs.append(mu.log_prob(actions[-1]))
             before = self.action_in(actions[-1])
         return torch.cat(actions, obs.dim() - 2), torch.cat(logprobs, obs.dim() - 2), values
@@ -392,7 +394,7 @@ def train(args, stop=()):
     run = Run(asdict(args))  # its folder, checkpoints, processes, device, threads and seed: envs.py
     T, E, device = args.num_steps, args.num_envs // WORLD, run.device
     envs = make_envs(args, E, device)
-    guider, learner = (network.to(device) for network in build(args, envs))
+    guider, learner = run.place(*build(args, envs))
     parameters = share_gradients([*guider.parameters(), *learner.parameters()])  # one Adam: it treats each by itself
     optimizer = torch.optim.Adam(parameters, args.learning_rate, eps=1e-5, fused=True)
     value_norm = ValueNorm().to(device)
@@ -401,7 +403,7 @@ def train(args, stop=()):
     obs, infos = envs.reset(seed=run.seed, options=here.get("envs"))
     memories, returns_so_far = here.get("air") or (empty_memories(args, envs, device), torch.zeros(E, device=device))
     guider_inputs, critic_inputs = ("base", "action_mask", "active", "state"), ("active", "state")
-    for iteration in (progress := run.progress(envs.note)):
+    for iteration in run.iterations(envs.note, stop):
         if run.iteration % args.save_every == 0:  # those that are done
             run.save(parts, envs, (memories, returns_so_far))
         remaining = 1 - (iteration - 1) / run.num_iterations if args.anneal_lr else 1.0
@@ -422,7 +424,7 @@ def train(args, stop=()):
                     step |= dict(base=params) if args.residual else {}
                 if args.algo == "mappo":
                     pi = distribution(params, learner.continuous, step.get("action_mask"))
-                    actions, values = pi.sample(), guider.encode(obs, **pick(step, *critic_inputs), memory=memories[0])[1]
+                    actions, values = sample(pi), guider.encode(obs, **pick(step, *critic_inputs), memory=memories[0])[1]
                     logprobs = pi.log_prob(actions)
                 else:
                     actions, logprobs, values = guider.act(obs, **pick(step, *guider_inputs), memory=memories[0])
@@ -499,10 +501,7 @@ def train(args, stop=()):
         row |= dict(zip(names, gather(losses[None]).mean((0, 1)).tolist()), explained_variance=explained_variance.item())
         if run.leads and (iteration % args.eval_every == 0 or iteration in (1, run.num_iterations)):
             row["learner_return"] = evaluate(args, guider, learner, "learner", args.num_envs, args.seed + 1).mean().item()
-            progress.set_postfix(guider=f"{row['guider_return']:.2f}", learners=f"{row['learner_return']:.2f}")
         run.log(iteration, row)
-        if run.stops(stop):
-            break
 
     run.save(parts, envs, (memories, returns_so_far))
     envs.close()
@@ -535,7 +534,7 @@ def evaluate(args, guider, learner, policy, episodes, seed):
                 actions = guider.act(obs, **inputs, memory=memories[0])[0]
             else:
                 pi = distribution(params, learner.continuous, infos.get("action_mask"))
-                actions = pi.sample() if policy == "learner" else pi.mode
+                actions = sample(pi) if policy == "learner" else pi.mode
             obs, rewards, terminations, truncations, infos = envs.step(actions)
             total[done, copy] += rewards
             done = (done + (terminations | truncations)).clamp(max=rounds)

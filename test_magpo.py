@@ -32,6 +32,7 @@ from gymnasium import spaces
 from mpe2 import simple_spread_v3
 from pettingzoo import ParallelEnv
 from PIL import Image, ImageOps, ImageSequence
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import envs
@@ -2694,6 +2695,77 @@ def test_clock_leaves_everything_as_it_was():
     )
     for a, b in zip(plain, timed, strict=True):
         assert all(a[key] == b[key] or math.isnan(a[key]) for key in a if "seconds" not in key)
+
+
+class ReadsBack(TorchDispatchMode):
+    """While `on`, an error at every operation that makes a GPU's host wait, as far as a CPU shows them."""
+
+    WAITS = {"_local_scalar_dense", "is_nonzero", "nonzero", "multinomial", "normal", "masked_select", "equal", "_unique2"}
+    on = False
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        # One number from the host, put where a mask says, is a masked_fill_ in PyTorch: nothing waits
+        by_mask = name == "index" or name == "index_put_" and args[2].dim() > 0
+        by_mask = by_mask and any(i is not None and i.dtype == torch.bool for i in args[1])
+        assert not (self.on and (name in self.WAITS or by_mask)), f"{name} reads values back"
+        return func(*args, **(kwargs or {}))
+
+    def switch(self, on):
+        self.on = on
+
+
+class Synchronizes(contextlib.nullcontext):
+    """The same on a GPU, by PyTorch's own word."""
+
+    def switch(self, on):
+        torch.cuda.set_sync_debug_mode("error" if on else "default")
+
+
+NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+DEVICES = ["cpu", pytest.param("cuda", marks=NEEDS_GPU)]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("algo", ["magpo", "mappo"])
+@pytest.mark.parametrize("env", ["mpe_spread", "mpe_spread_continuous", "coordsum_3x10", "matrix_sum10"])
+def test_the_host_never_waits_in_the_rollout_or_a_minibatch(env, algo, device, tmp_path, monkeypatch):
+    guard, seen = ReadsBack() if device == "cpu" else Synchronizes(), Counter()
+
+    def switching(owner, name, *states):
+        """Switch the guard to states[0] before the function is called, and to states[1] after it."""
+        function = getattr(owner, name)
+
+        def wrapped(*args, **kwargs):
+            seen[name] += 1
+            guard.switch(states[0])
+            try:
+                return function(*args, **kwargs)
+            finally:
+                guard.switch(states[-1])
+
+        monkeypatch.setattr(owner, name, wrapped)
+
+    switching(magpo.Guider, "encode", True)  # the rollout's first call, but of mappo's first step; an update's, too
+    switching(magpo, "compute_gae", True, False)
+    switching(torch, "randperm", False, True)
+    switching(magpo, "gather", False)  # of what is logged
+    monkeypatch.setattr(magpo, "check_finite", lambda *_: None)  # on a GPU, not called in the rollout
+    monkeypatch.setattr(magpo, "evaluate", lambda *_: torch.zeros(2))
+    options = QUICK | dict(num_envs=16, num_steps=30, num_minibatches=4, total_timesteps=960)
+    with guard:
+        magpo.train(magpo.Args(env=env, algo=algo, cuda=device == "cuda", runs_dir=str(tmp_path), **options))
+    assert min(seen[name] for name in ("encode", "compute_gae", "randperm", "gather")) >= 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("device", DEVICES)
+def test_compiled_training_is_the_plain_one(device, tmp_path):
+    options = QUICK | dict(num_steps=25, total_timesteps=600, runs_dir=str(tmp_path), cuda=device == "cuda")
+    plain, compiled = (read_metrics(magpo.train(magpo.Args(**options, compile=compile))) for compile in (False, True))
+    for row, other in zip(plain, compiled, strict=True):
+        for name in row.keys() - {"seconds", "cpu_seconds", "guider_return", "learner_return"}:
+            assert float(other[name]) == pytest.approx(float(row[name]), rel=1e-2, abs=1e-4), name
 
 
 @pytest.mark.slow
