@@ -2878,11 +2878,12 @@ def test_hand_out_lacks_the_solutions_and_nothing_else(tmp_path):
     tracked = subprocess.run(["git", "ls-files"], cwd=HERE, capture_output=True, text=True, check=True).stdout.split("\n")
     assert names == {name for name in tracked if name and not name.startswith("figures/bugs/")}  # no .git either
     texts = {name: (folder / name).read_bytes() for name in names}
-    assert {name for name in names if texts[name] != (HERE / name).read_bytes()} == {"magpo.py", "TUTORIAL.md"}
+    assert {name for name in names if texts[name] != (HERE / name).read_bytes()} == {"magpo.py", "TUTORIAL.md", "test_magpo.py"}
     bodies = "".join(body[0] for body in kit.SOLUTION.finditer((HERE / "magpo.py").read_text()))
     long = [line.strip().encode() for line in bodies.splitlines() if len(line.strip()) > 30]
     assert len(long) > 20 and not [(line, name) for line in long for name in names if line in texts[name]]
     assert texts["magpo.py"].count(b"raise NotImplementedError") == 6 and b"details>" not in texts["TUTORIAL.md"]
+    assert b"\nCAUGHT" not in texts["test_magpo.py"]
 
     assert run("python magpo.py --help", folder).returncode == 0  # imports envs.py, too
     assert outcomes(folder, "exercise") == {("FAILED", name) for name in ("1", "2", "3", "4", "5", "learning")}
@@ -2918,6 +2919,7 @@ def test_kit_refuses_markers_without_partners(source):
         kit.without_solutions(source)
 
 
+### BEGIN HIDDEN TESTS
 CAUGHT = {  # the test that finds each bug of figures/bugs
     "1": lambda *_: test_exercise_2_sampled_logprobs_equal_the_parallel_pass(False, False),
     "2": lambda *_: test_exercise_1_gae_against_brute_force(),
@@ -2942,6 +2944,7 @@ def test_bugs_apply_import_and_are_caught(number, chaos, tmp_path, monkeypatch):
         CAUGHT[number](chaos, tmp_path)
 
 
+### END HIDDEN TESTS
 # ----------------------------------------------------------------------------------------------------------------------
 # Documents
 # ----------------------------------------------------------------------------------------------------------------------

@@ -3,8 +3,8 @@
     python figures/kit.py handout FOLDER   the tree without its solutions, in a new folder
     python figures/kit.py bug N FOLDER     the tree with its solutions and with bug N, in a new folder
 
-The tree is the files that git tracks, as they stand. Neither folder holds git's history, figures/bugs or what TUTORIAL.md
-keeps behind a fold.
+The tree is the files that git tracks, as they stand. Neither folder holds git's history, figures/bugs, what TUTORIAL.md
+keeps behind a fold, or the tests that tell which test finds which bug.
 """
 
 import os
@@ -17,7 +17,10 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 BUGS = sorted((ROOT / "figures" / "bugs").glob("*.patch"))
 SOLUTION = re.compile(r"^( *)### BEGIN SOLUTION\n.*?^\1### END SOLUTION\n", re.M | re.S)
-FOLD = re.compile(r"^<details>\n.*?^</details>\n", re.M | re.S)
+ANSWERS = {  # what to cut from other files; the markers are nbgrader's
+    "TUTORIAL.md": re.compile(r"^<details>\n.*?^</details>\n", re.M | re.S),
+    "test_magpo.py": re.compile(r"^### BEGIN HIDDEN TESTS\n.*?^### END HIDDEN TESTS\n", re.M | re.S),
+}
 
 
 def without_solutions(source):
@@ -39,8 +42,8 @@ def copy_tree(folder):
         if not name.startswith("figures/bugs/"):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, folder / name)
-    tutorial = folder / "TUTORIAL.md"
-    tutorial.write_text(FOLD.sub("", tutorial.read_text()))
+    for name, answers in ANSWERS.items():
+        (folder / name).write_text(answers.sub("", (folder / name).read_text()))
 
 
 def handout(folder):
