@@ -274,10 +274,11 @@ class SimpleSpread(BatchedEnv):
         num_features = 4 + 4 * others + 2 * landmarks
         super().__init__(num_envs, device, num_agents, num_features, 5, max_cycles, continuous, False, dtype)
         self.num_agents, self.local_ratio, self.state_dim = num_agents, local_ratio, 6 * num_agents * state
-        if (max_cycles, local_ratio, continuous) == (25, 0.5, False):
-            scores = {3: (-26.34, -7.63), 5: (-35.92, -11.54), 10: (-54.5, -23.3)}.get(num_agents, ())
+        if (max_cycles, local_ratio) == (25, 0.5):
+            scores = {3: (-26.34, -7.63), 5: (-35.92, -11.54), 10: (-54.5, -23.3)}
+            scores = {3: (-25.24,), 5: (-33.29,), 10: (-51.66,)} if continuous else scores
             names = ("random", "heuristic") if seen == (None, None) else ("random",)  # the heuristic sees everything
-            self.references = dict(zip(names, scores))
+            self.references = dict(zip(names, scores.get(num_agents, ())))
         ids = torch.arange(num_agents, device=device)
         self._others = ids.expand(num_agents, -1)[ids != ids.unsqueeze(1)].view(num_agents, -1)  # (N, N - 1)
         self._thrust = torch.tensor([[0, 0], [-1, 0], [1, 0], [0, -1], [0, 1]], dtype=dtype, device=device)  # (5, 2)

@@ -35,7 +35,7 @@ from envs import WORLD, Run, catch_signals, check_finite, gather, make_envs, rea
 Distribution.set_default_validate_args(False)  # validation reads values back from the device at every call
 
 PRESETS = {  # by the environment's family, the first word of its name
-    "mpe": dict(total_timesteps=1_600_000, num_minibatches=8, learning_rate=4.5e-3, delta=1.3, lam=3.0),
+    "mpe": dict(total_timesteps=2_048_000, num_envs=256, update_epochs=2, learning_rate=4.5e-3, delta=1.3, lam=3.0),
     "coordsum": dict(total_timesteps=320_000, learning_rate=2e-3, gamma=0.0, delta=1.3, lam=2.0, embed_dim=32),
     "matrix": dict(total_timesteps=40_960, num_steps=8, num_minibatches=2, update_epochs=4, learning_rate=4e-3, gamma=0.0,
                    max_grad_norm=0.5, delta=1.3, embed_dim=32, hidden_dim=64),

@@ -302,6 +302,19 @@ def test_exercise_3_guider_loss_by_hand(case):
     assert log_pi.grad is None
 
 
+def test_exercise_3_the_tutorials_example():
+    rows = re.findall(r"^\| ([+-]1) \|(.*)\|[^|]*\|$", (HERE / "TUTORIAL.md").read_text(), re.M)
+    assert len(rows) == 5
+    for sign, numbers in rows:
+        mu, pi, ratio, gap, objective, mask, push = map(float, numbers.split("|"))
+        log_mu = torch.tensor(math.log(mu), requires_grad=True)
+        others = (torch.tensor(x) for x in (math.log(pi), math.log(0.25), float(sign), 0.0))
+        loss, m, _ = magpo.guider_loss(log_mu, *others, 0.2, 1.5)
+        loss.backward()
+        shown = (mu / 0.25, mu / pi, -loss.item(), m.item(), log_mu.grad.item())
+        assert shown == pytest.approx((ratio, gap, objective, mask, push), abs=0.0051)
+
+
 def test_exercise_3_guider_loss_without_bound_is_ppo():
     log_mu, log_pi, old, advantages = torch.randn(4, 100, dtype=torch.float64)
     ratio = (log_mu - old).exp()

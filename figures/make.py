@@ -41,7 +41,6 @@ OTHERS = (
     "gym:Foraging-8x8-2p-2f-coop-v3",
     "gym:Foraging-2s-8x8-2p-2f-coop-v3",
 )
-BEFORE = dict(num_minibatches=16, learning_rate=3e-3, delta=2.0, lam=1.0)  # mpe_spread's preset when backtracking was compared
 
 
 def grid(seeds, **options):
@@ -59,7 +58,7 @@ EXPERIMENTS = {
     "delta_coordsum": grid((1, 2), env="coordsum_3x10", delta=(1.05, 1.2, 1.5, 4.0, math.inf), total_timesteps=240_000),
     "delta_lambda": grid((1, 2, 3), env="matrix_sum10", delta=(1.05, 1.2, 1.5, 2.0, math.inf), lam=(0.0, 0.5, 2.0, 8.0)),
     "backtracking": grid((1, 2, 3), env="coordsum_3x10", backtracking=("soft", "reset"), residual=(False, True), total_timesteps=240_000)
-    + grid((1,), env="mpe_spread", backtracking=("soft", "reset"), residual=(False, True), total_timesteps=800_000, **BEFORE),
+    + grid((1, 2), env="mpe_spread", backtracking=("soft", "reset"), residual=(False, True), total_timesteps=832_000),
     "others": grid((1, 2, 3), env=OTHERS[:3], total_timesteps=100_000) + grid((1,), env=OTHERS[3:], total_timesteps=100_000),
     "gamma": grid((1, 2, 3), env="coordsum_3x10", algo=("magpo", "mappo"), gamma=0.9),
 }

@@ -25,6 +25,8 @@ def play(env, policy, seed):
 def uniform(env):
     """Every action equally likely, for all agents independently. A seed of its own: env's would tie actions to targets."""
     dice = torch.Generator().manual_seed(env.generator.initial_seed() + 1)
+    if env.continuous:
+        return lambda: torch.rand(env.action_space.shape, generator=dice)
     return lambda: torch.randint(int(env.single_action_space.nvec[0]), env.action_space.shape, generator=dice)
 
 
