@@ -34,13 +34,9 @@ from figures import theory  # noqa: E402
 ALGOS = ("magpo", "mappo", "ctds")
 DELTAS = (1.05, 1.2, 1.5, 2.0, 4.0, math.inf)
 
-OTHERS = (
-    "pettingzoo:mpe2.simple_spread_v3",
-    "pettingzoo:mpe2.simple_reference_v3",
-    "pettingzoo:mpe2.simple_speaker_listener_v4",
-    "gym:Foraging-8x8-2p-2f-coop-v3",
-    "gym:Foraging-2s-8x8-2p-2f-coop-v3",
-)
+MPE2 = tuple(f"pettingzoo:mpe2.simple_{name}" for name in ("spread_v3", "reference_v3", "speaker_listener_v4"))
+FORAGING = ("gym:Foraging-8x8-2p-2f-coop-v3", "gym:Foraging-2s-8x8-2p-2f-coop-v3")
+OTHERS = (*MPE2, *FORAGING, "gym:rware-tiny-2ag-v2", "pettingzoo:butterfly.knights_archers_zombies_v11")
 
 
 def grid(seeds, **options):
@@ -59,7 +55,10 @@ EXPERIMENTS = {
     "delta_lambda": grid((1, 2, 3), env="matrix_sum10", delta=(1.05, 1.2, 1.5, 2.0, math.inf), lam=(0.0, 0.5, 2.0, 8.0)),
     "backtracking": grid((1, 2, 3), env="coordsum_3x10", backtracking=("soft", "reset"), residual=(False, True), total_timesteps=240_000)
     + grid((1, 2), env="mpe_spread", backtracking=("soft", "reset"), residual=(False, True), total_timesteps=832_000),
-    "others": grid((1, 2, 3), env=OTHERS[:3], total_timesteps=100_000) + grid((1,), env=OTHERS[3:], total_timesteps=100_000),
+    "others": grid((1, 2, 3), env=MPE2, total_timesteps=120_000) + grid((1, 2, 3), env=FORAGING, total_timesteps=480_000),
+    "continuous": grid((1, 2, 3), env="mpe_spread_continuous", total_timesteps=1_024_000),
+    "memory": grid((1, 2, 3), env="mpe_spread_partial", recurrent=(False, True), total_timesteps=1_024_000),
+    "team": grid((1, 2), env=("mpe_spread", "mpe_spread_5ag", "mpe_spread_10ag"), total_timesteps=1_024_000),
     "gamma": grid((1, 2, 3), env="coordsum_3x10", algo=("magpo", "mappo"), gamma=0.9),
 }
 EXPERIMENTS["backtracking"] = [run for run in EXPERIMENTS["backtracking"] if run["residual"] or run["backtracking"] == "soft"]
@@ -115,9 +114,10 @@ def random_returns():
     rows = ["env,mean,ci95,episodes,command\n"]
     for env in OTHERS:
         args = magpo.Args(env=env, num_envs=8)
+        episodes = 32 if "rware" in env else 512  # of 500 steps each
         guider, learner = magpo.build(args, copies := magpo.make_envs(args, 1))
         copies.close(), learner.policy_head.weight.data.zero_()
-        returns = magpo.evaluate(args, guider, learner, "learner", 512, 0)
+        returns = magpo.evaluate(args, guider, learner, "learner", episodes, 0)
         ci95 = 1.96 * returns.std().item() / math.sqrt(len(returns))
         rows.append(f"{env},{returns.mean():.4g},{ci95:.2g},{len(returns)},python figures/make.py random\n")
         print(rows[-1], end="", flush=True)
