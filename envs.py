@@ -103,7 +103,7 @@ class BatchedEnv(VectorEnv):
             options: a state_dict() to go on from, instead of new episodes.
         """
         if seed is not None:
-            self.generator.manual_seed(seed)
+            self.generator.manual_seed(seed + self.continuous)  # or a Gaussian policy of the same seed drew the same numbers
         self.time = 0
         self._start()
         if options:
@@ -639,6 +639,30 @@ def make_envs(args, num_envs, device="cpu"):
     return make(args.env, num_envs, device, workers, args.state, **kwargs)
 
 
+def validate(args):
+    """Raise ValueError, in one sentence, for options (magpo.Args) that cannot work."""
+    may_be_zero = {"seed", "gamma", "gae_lambda", "ent_coef", "vf_coef", "lam", "num_workers"}
+    for name, value in vars(args).items():
+        if type(value) in (int, float) and not (value > 0 or value == 0 and name in may_be_zero):
+            raise ValueError(f"{name} must {'not be negative' if name in may_be_zero else 'be above 0'}, but is {value}.")
+    samples = args.num_envs // WORLD * (1 if args.recurrent else args.num_steps)
+    for good, message in (
+        (args.algo in ("magpo", "mappo", "ctds"), f"algo must be magpo, mappo or ctds, but is {args.algo!r}."),
+        (args.backtracking in ("soft", "reset"), f"backtracking must be soft or reset, but is {args.backtracking!r}."),
+        (max(args.gamma, args.gae_lambda) <= 1, "gamma and gae_lambda must lie in [0, 1]."),
+        (args.delta > 1, f"delta must be above 1 (the guider's distance from the learners), but is {args.delta}."),
+        (samples % args.num_minibatches == 0, "num_minibatches must divide num_envs x num_steps, or num_envs if recurrent."),
+        (args.seed < 2**32, f"seed must lie in [0, 2**32), but is {args.seed}."),
+        (not (args.algo == "mappo" and args.residual), "mappo has no guider policy, so it knows neither residual nor reset."),
+        (args.eval or not args.render, "render needs eval: it shows the learners of a checkpoint."),
+        (args.num_envs % WORLD == 0, f"num_envs must be a multiple of torchrun's processes, {WORLD}."),
+        (args.total_timesteps >= args.num_envs * args.num_steps, "total_timesteps is below one rollout, num_envs x num_steps."),
+    ):
+        if not good:
+            raise ValueError(message)
+    make_envs(args, 1).close()
+
+
 def gather(x):
     """(T, E, ...) of this process -> (T, K E, ...) of all K processes of torchrun; x itself if there is one."""
     if WORLD == 1:
@@ -769,7 +793,8 @@ class Run:
         if self.num_iterations * self.samples < self.args["total_timesteps"]:
             print(f"total_timesteps is cut to {self.num_iterations * self.samples}, a multiple of num_envs x num_steps.")
         if (self.args["algo"], self.args["backtracking"]) != ("magpo", "soft"):
-            print("{algo}, {backtracking} backtracking: lambda is {lam}, delta {delta}, whatever you gave.".format(**self.args))
+            bound = "" if self.args["algo"] == "mappo" else f", delta {self.args['delta']}"
+            print("{algo}, {backtracking} backtracking: lambda is {lam}".format(**self.args) + f"{bound}, whatever you gave.")
         bar = dict(
             unit="step", unit_scale=self.samples, initial=self.iteration, total=self.num_iterations, disable=not self.leads
         )

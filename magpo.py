@@ -10,12 +10,14 @@ observation alone. Every iteration of train() makes the paper's four steps:
     1. data collection      roll out the guider mu
     2. guider update        improve mu by PPO, but only as far as pi can follow: |log mu/pi| <= log delta   (Eq. 9)
     3. learner update       pi imitates mu, and improves on the team's reward itself a little               (Eq. 10)
-    4. guider backtracking  mu goes back to pi, so that the next step starts from what the learners can do
+    4. guider backtracking  mu := pi, so that the next step starts from what the learners can do; in practice Eq. 9's bound
+                            does it (to the letter: --backtracking reset)
 
 Shapes: T steps, E environments, N agents, D features of one agent's observation, A actions of one agent.
 
 Where paper, official code and this file differ, TUTORIAL.md has the table. In short: attention instead of Sable's retention; a
-fixed agent order, so that an unchanged guider's importance ratio is 1; time-outs bootstrap instead of counting as terminal.
+fixed agent order, so that an unchanged guider's importance ratio is 1; time-outs bootstrap instead of counting as terminal;
+and, as in Eq. 10 and the official code, KL(mu || pi), although Theorem 4.1 needs KL(pi || mu).
 """
 
 import importlib
@@ -30,11 +32,11 @@ import torch.nn as nn
 import tyro
 from torch.distributions import Categorical, Distribution, Independent, Normal, kl_divergence
 
-from envs import WORLD, Run, catch_signals, check_finite, gather, make_envs, read_checkpoint, share_gradients
+from envs import WORLD, Run, catch_signals, check_finite, gather, make_envs, read_checkpoint, share_gradients, validate
 
 Distribution.set_default_validate_args(False)  # validation reads values back from the device at every call
 
-PRESETS = {  # by the environment's family, the first word of its name
+PRESETS = {  # by the environment's family, the first word of its name; they win over the defaults of Args
     "mpe": dict(total_timesteps=2_048_000, num_envs=256, update_epochs=2, learning_rate=4.5e-3, delta=1.3, lam=3.0),
     "coordsum": dict(total_timesteps=320_000, learning_rate=2e-3, gamma=0.0, delta=1.3, lam=2.0, embed_dim=32),
     "matrix": dict(total_timesteps=40_960, num_steps=8, num_minibatches=2, update_epochs=4, learning_rate=4e-3, gamma=0.0,
@@ -93,7 +95,7 @@ class Args:
         if unknown := given.keys() - known.keys():
             raise TypeError(f"Args has no option {', '.join(sorted(unknown))}")
         preset = PRESETS.get(re.split("[_:]", given.get("env", self.env))[0], {})
-        if given.keys() == {"resume"}:
+        if given.get("resume") and given.keys() != known.keys():  # from Python; the command line gives all
             preset = read_checkpoint(given["resume"])["args"]
         for name, value in (known | preset | given).items():
             setattr(self, name, type(known[name])(value))
@@ -102,28 +104,6 @@ class Args:
             self.delta = math.inf
         if self.algo != "magpo" or self.backtracking == "reset":
             self.lam = 0.0
-
-
-def validate(args):
-    """Raise ValueError, in one sentence, for options that cannot work."""
-    may_be_zero = {"seed", "gamma", "gae_lambda", "ent_coef", "vf_coef", "lam", "num_workers"}
-    for name, value in asdict(args).items():
-        if type(value) in (int, float) and not (value > 0 or value == 0 and name in may_be_zero):
-            raise ValueError(f"{name} must {'not be negative' if name in may_be_zero else 'be above 0'}, but is {value}.")
-    samples = args.num_envs // WORLD * (1 if args.recurrent else args.num_steps)
-    for good, message in (
-        (max(args.gamma, args.gae_lambda) <= 1, "gamma and gae_lambda must lie in [0, 1]."),
-        (args.delta > 1, f"delta must be above 1 (the guider's distance from the learners), but is {args.delta}."),
-        (samples % args.num_minibatches == 0, "num_minibatches must divide num_envs x num_steps, or num_envs if recurrent."),
-        (args.seed < 2**32, f"seed must lie in [0, 2**32), but is {args.seed}."),
-        (not (args.algo == "mappo" and args.residual), "mappo has no guider policy, so it knows neither residual nor reset."),
-        (args.eval or not args.render, "render needs eval: it shows the learners of a checkpoint."),
-        (args.num_envs % WORLD == 0, f"num_envs must be a multiple of torchrun's processes, {WORLD}."),
-        (args.total_timesteps >= args.num_envs * args.num_steps, "total_timesteps is below one rollout, num_envs x num_steps."),
-    ):
-        if not good:
-            raise ValueError(message)
-    make_envs(args, 1).close()
 
 
 # --- Networks ---------------------------------------------------------------------------------------------------------
@@ -401,6 +381,7 @@ def train(args, stop=()):
     parts = dict(guider=guider, learner=learner, optimizer=optimizer, value_norm=value_norm)
     here = run.restore(parts)  # the episodes that were in the air when the checkpoint was written; empty at a start
     obs, infos = envs.reset(seed=run.seed, options=here.get("envs"))
+    # memories: the guider's and the learners', of what their recurrent layers saw so far
     memories, returns_so_far = here.get("air") or (empty_memories(args, envs, device), torch.zeros(E, device=device))
     guider_inputs, critic_inputs = ("base", "action_mask", "active", "state"), ("active", "state")
     for iteration in run.iterations(envs.note, stop):
@@ -442,8 +423,7 @@ def train(args, stop=()):
             mean, std = value_norm.stats()
             values = buffer["values"] * std + mean  # (T, E, N)
             # V of the observation that each step led to: the last one of its episode where the environment was reset
-            last = pick(buffer, "final_obs", "final_active", "final_state").items()
-            last = {name.removeprefix("final_"): x.flatten(0, 1) for name, x in last}
+            last = {name.removeprefix("final_"): x.flatten(0, 1) for name, x in buffer.items() if name.startswith("final_")}
             goes_on = [buffer["hidden"].flatten(0, 1), torch.zeros(T * E, dtype=torch.bool, device=device)]
             next_values = guider.encode(**last, memory=goes_on)[1].view_as(values) * std + mean
             rewards, *ended = (buffer[name][..., None] for name in ("rewards", "terminations", "truncations"))  # (T, E, 1)
@@ -472,26 +452,24 @@ def train(args, stop=()):
                     mu, new_values = pi, guider.encode(b["obs"], **pick(b, *critic_inputs), memory=past[0])[1]
                 else:
                     mu, new_values = guider(b["obs"], b["actions"], **pick(b, *guider_inputs), memory=past[0])
-                mu_logprobs, pi_logprobs = mu.log_prob(b["actions"]), pi.log_prob(b["actions"])  # (., batch, N)
+                logprobs = mu.log_prob(b["actions"]), pi.log_prob(b["actions"]), b["logprobs"]  # each (., batch, N)
+                kls = kl_divergence(mu, detached(pi)), kl_divergence(detached(mu), pi)  # equal; one moves mu, one pi
+                log_mu, log_pi, log_old, adv, kl_mu, kl_pi = (x[live] for x in (*logprobs, b["advantages"], *kls))
 
                 # Step 2, guider update (Eq. 9)
-                kl = kl_divergence(mu, detached(pi))
-                eq9 = mu_logprobs, pi_logprobs, b["logprobs"], b["advantages"], kl
-                loss_mu, mask, clipped = guider_loss(*(x[live] for x in eq9), args.clip_coef, args.delta)
+                loss_mu, mask, clipped = guider_loss(log_mu, log_pi, log_old, adv, kl_mu, args.clip_coef, args.delta)
                 entropy = mu.entropy()[live].mean()
                 loss_v = 0.5 * (new_values - b["returns"]).square().mean()  # of all agents, as values lead from one to the next
 
                 # Step 3, learner update (Eq. 10)
-                kl = kl_divergence(detached(mu), pi)
-                eq10 = pi_logprobs, b["logprobs"], b["advantages"], kl
-                loss_pi = learner_loss(*(x[live] for x in eq10), args.clip_coef, args.lam)
+                loss_pi = learner_loss(log_pi, log_old, adv, kl_pi, args.clip_coef, args.lam)
 
                 optimizer.zero_grad()
                 (loss_mu - args.ent_coef * remaining * entropy + args.vf_coef * loss_v + loss_pi).backward()
                 norms = [nn.utils.clip_grad_norm_(net.parameters(), args.max_grad_norm) for net in (guider, learner)]
                 optimizer.step()
                 # Step 4, guider backtracking: soft, nothing is left to do, as Eq. 9 kept mu near pi; reset, see the loop's start
-                losses.append(torch.stack([loss_mu, loss_pi, loss_v, kl[live].mean(), entropy, mask, clipped, *norms]).detach())
+                losses.append(torch.stack([loss_mu, loss_pi, loss_v, kl_pi.mean(), entropy, mask, clipped, *norms]).detach())
 
         names = "guider_loss learner_loss value_loss kl entropy mask_frac clip_frac guider_grad_norm learner_grad_norm".split()
         finished = gather(buffer["episode_returns"])[gather(buffer["terminations"] | buffer["truncations"])]
@@ -579,6 +557,7 @@ def main():
         args = Args(resume=args.resume) if args.resume else args
         if args.eval:
             args, guider, learner = load(args.eval, **given)
+            torch.set_num_threads(args.torch_threads)
         validate(args)
         if args.eval:
             print_table(args, guider, learner)

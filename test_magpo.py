@@ -525,6 +525,27 @@ def test_environment_seeds():
     assert torch.equal(play(1), play(1)) and not torch.equal(play(1), play(2))
 
 
+def test_gaussian_actions_are_not_tied_to_the_environments_numbers():
+    """With one seed for both, PyTorch would make the noise from the very numbers that placed the agents."""
+    env = envs.make("mpe_spread_continuous", 4096)
+    obs, _ = env.reset(seed=3)
+    torch.manual_seed(3)
+    noise = torch.randn(4096 * 3).view(4096, 3)
+    position = (obs[..., 2:4].flatten() + 1) / 2
+    made = (-2 * (1 - position).log()).sqrt()  # Box-Muller's radius
+    assert abs(np.corrcoef(made[: 4096 * 3 // 2].abs(), noise.flatten()[: 4096 * 3 // 2].abs())[0, 1]) < 0.1
+
+
+def test_samples_are_those_of_the_policy():
+    torch.manual_seed(0)
+    logits = torch.tensor([0.2, 0.5, 0.3, 0.0]).log().expand(100_000, -1)
+    seen = magpo.sample(magpo.distribution(logits, False)).bincount(minlength=4) / 100_000
+    torch.testing.assert_close(seen, logits[0].exp(), atol=0.01, rtol=0)
+    x = magpo.sample(magpo.distribution(torch.tensor([0.1, -0.2, 0.3, 0.4]).expand(100_000, -1), True))
+    torch.testing.assert_close(x.mean(0), torch.tensor([0.6, 0.3]), atol=0.02, rtol=0)
+    torch.testing.assert_close(x.std(0).log(), torch.tensor([-0.7, -0.6]), atol=0.02, rtol=0)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Other people's environments: PettingZoo and gymnasium adapters, partial observations
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1867,7 +1888,7 @@ def chaos(monkeypatch, tmp_path):
                     embed_dim=16, hidden_dim=16, state=True, runs_dir=str(tmp_path))  # fmt: skip
         seen["args"] = magpo.Args(**base | options)
         seen["rows"] = [{k: float(x) for k, x in row.items()} for row in read_metrics(magpo.train(seen["args"]))]
-        seen["log"] = Chaos.made[1].log  # the first one is validate's
+        seen["log"] = Chaos.made[0].log
         return seen
 
     return train
@@ -2070,6 +2091,8 @@ def test_variants_are_set_up_as_named():
         (dict(env_kwargs="3"), "must be a JSON object"),
         (dict(env_kwargs="{"), "must be a JSON object"),
         (dict(env="coordsum_3x10", state=True), "no state"),
+        (dict(algo="mapo"), "algo must be"),
+        (dict(backtracking="Reset"), "backtracking must be"),
     ],
 )
 def test_validate_refuses(options, sentence):
@@ -2218,9 +2241,16 @@ def test_what_is_no_checkpoint_is_refused_in_one_sentence(kind, option, trained,
 def test_eval_prints_the_table_of_the_run(trained, monkeypatch, capsys):
     run_dir, printed = trained
     monkeypatch.setattr(sys, "argv", ["magpo.py", "--eval", str(run_dir / "checkpoint.pt")])
+    torch.set_num_threads(2)
     magpo.main()
     table = capsys.readouterr().out
-    assert "(heuristic)" in table and table in printed
+    assert "(heuristic)" in table and table in printed and torch.get_num_threads() == 1
+
+
+def test_resuming_from_python_keeps_the_runs_options(trained):
+    run_dir, _ = trained
+    resumed = magpo.Args(resume=str(run_dir), total_timesteps=400)
+    assert (resumed.seed, resumed.num_envs, resumed.total_timesteps) == (5, QUICK["num_envs"], 400)
 
 
 def test_eval_on_another_compatible_environment(trained, monkeypatch, capsys):
@@ -2390,7 +2420,7 @@ if mode == "first_step":  # the same data in one process as in two: copies, acti
             everyone[self.mine] = actions
             return map(self.cut, self.envs.step(everyone))
     magpo.make_envs, magpo.evaluate = Half, lambda *_: torch.zeros(2)
-    torch.distributions.Categorical.sample = lambda self, shape=(): self.logits.argmax(-1)
+    magpo.sample = lambda policy: policy.logits.argmax(-1)
 magpo.train(magpo.Args(**options))
 nets = saved["nets"]
 parameters = [x for net in nets for x in net.parameters()]

@@ -2,7 +2,7 @@
 
     python figures/make.py sweep NAME [TEXT]   run what is missing of an experiment (of its commands that hold TEXT)
     python figures/make.py random       play other people's environments at random, for figures/random.csv
-    python figures/make.py tables       print the tables of all CSVs
+    python figures/make.py tables       print the tables of all CSVs, in Markdown
     python figures/make.py draw         redraw every picture from the CSVs
     python figures/make.py theory       recompute figures/kl_direction.csv (exact tables, seconds)
 
@@ -137,15 +137,21 @@ def interval(values):
 
 def tables():
     """Print, for every experiment that has run, the final returns over seeds: mean, 95 % bootstrap interval, each seed."""
+    with open(HERE / "random.csv") as file:
+        randoms = {row["env"]: f"{float(row['mean']):.3g} +- {row['ci95']}" for row in csv.DictReader(file)}
     for name in EXPERIMENTS:
         last = [row for row in read(name) if row["final"] == 1]
+        if last:
+            print(f"\n| `sweep {name}` | random | learners | each seed | guider | steps | CPU-seconds |\n" + "|---" * 7 + "|")
         for title in dict.fromkeys(map(without_seed, last)):
             runs = [row for row in last if without_seed(row) == title]
             mean, low, high = interval([row["learner_return"] for row in runs])
-            seeds = " ".join(f"{row['learner_return']:.2f}" for row in runs)
+            seeds = ", ".join(f"{row['learner_return']:.2f}" for row in runs)
             guider, cpu = (np.mean([row[key] for row in runs]) for key in ("guider_return", "cpu_seconds"))
-            steps = runs[0]["step"] / 1e6
-            print(f"learners {mean:8.2f} [{low:.2f}, {high:.2f}] ({seeds}); guider {guider:8.2f}; {steps:.2f} M steps, {cpu:.0f} cpu-s: {title}")
+            guider, env, steps = "" if np.isnan(guider) else f"{guider:.2f}", runs[0]["env"], runs[0]["step"] / 1e6
+            random = randoms.get(env) or f"{envs.make(env, 1).references['random']:.3g}"
+            options = title.removeprefix("python magpo.py ")
+            print(f"| `{options}` | {random} | **{mean:.2f}** [{low:.2f}, {high:.2f}] | {seeds} | {guider} | {steps:.2f} M | {cpu:.0f} |")
 
 
 def savefig(name):
