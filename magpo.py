@@ -162,7 +162,7 @@ class Block(nn.Module):
     def __init__(self, dim):
         super().__init__()
         self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
-        self.mlp = nn.Sequential(linear(dim, 2 * dim, 2**0.5), nn.ReLU(), nn.Linear(2 * dim, dim))
+        self.mlp = nn.Sequential(linear(dim, 2 * dim, 5 / 3), nn.Tanh(), nn.Linear(2 * dim, dim))
 
     def forward(self, x, active=None, causal=False, cache=None):
         """x (..., N, C) -> (..., N, C). causal: agent j attends to agents 1..j only.
