@@ -418,7 +418,7 @@ def train(args, stop=()):
                 step |= dict(terminations=terminations, truncations=truncations, episode_returns=returns_so_far)
                 steps.append(step | pick(infos, "final_obs", "final_active", "final_state"))
                 returns_so_far = returns_so_far * ~starts
-            buffer = {name: torch.stack([step[name] for step in steps]) for name in steps[0]}  # each (T, E, ...)
+            buffer = {name: torch.stack([step.pop(name) for step in steps]) for name in [*steps[0]]}  # each (T, E, ...)
 
             mean, std = value_norm.stats()
             values = buffer["values"] * std + mean  # (T, E, N)

@@ -262,7 +262,8 @@ def profile(iterations=6, **options):
 def memory(num_agents):
     """Print the peak memory in MiB of this process, Python and PyTorch included, after one iteration at the default sizes."""
     torch.set_num_threads(1)
-    train(env_kwargs=f'{{"num_agents": {num_agents}}}', total_timesteps=3200, update_epochs=1)
+    args = magpo.Args()
+    train(env_kwargs=f'{{"num_agents": {num_agents}}}', total_timesteps=args.num_envs * args.num_steps, update_epochs=1)
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
 
 
