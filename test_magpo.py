@@ -2987,6 +2987,20 @@ def test_bugs_apply_import_and_are_caught(number, chaos, tmp_path, monkeypatch):
         CAUGHT[number](chaos, tmp_path)
 
 
+@needs_kit
+@pytest.mark.slow
+def test_symptoms_are_shown_clean_and_bugged(tmp_path, monkeypatch):
+    spec = importlib.util.spec_from_file_location("symptoms", HERE / "figures" / "bugs" / "symptoms.py")
+    symptoms = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(symptoms)
+    monkeypatch.setattr(symptoms, "__file__", str(tmp_path / "symptoms.py"))
+    monkeypatch.setattr(symptoms, "RUNS", [(5, f"--env matrix_sum10 --total-timesteps 8192 {symptoms.ONE_STEP}", ["clip_frac"])])
+    symptoms.main()
+    with open(tmp_path / "symptoms.csv") as file:
+        clean, bugged = csv.DictReader(file)
+    assert (clean["tree"], float(clean["largest"])) == ("clean", 0) and float(bugged["largest"]) > 0.1
+
+
 ### END HIDDEN TESTS
 # ----------------------------------------------------------------------------------------------------------------------
 # Documents
