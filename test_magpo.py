@@ -2247,6 +2247,13 @@ def test_eval_prints_the_table_of_the_run(trained, monkeypatch, capsys):
     assert "(heuristic)" in table and table in printed and torch.get_num_threads() == 1
 
 
+def test_healthy_ranges_hold_nine_of_ten_values(trained, capsys):
+    make.healthy(trained[0])
+    values = [float(row["kl"]) for row in read_metrics(trained[0])]
+    low, high = map(float, re.search(r"^kl +(\S+) to (\S+)", capsys.readouterr().out, re.M).groups())
+    assert min(values) * 0.99 <= low <= high <= max(values) * 1.01
+
+
 def test_resuming_from_python_keeps_the_runs_options(trained):
     run_dir, _ = trained
     resumed = magpo.Args(resume=str(run_dir), total_timesteps=400)

@@ -3,6 +3,7 @@
     python figures/make.py sweep NAME [TEXT]   run what is missing of an experiment (of its commands that hold TEXT)
     python figures/make.py random       play other people's environments at random, for figures/random.csv
     python figures/make.py tables       print the tables of all CSVs, in Markdown
+    python figures/make.py healthy RUN  print where a run's metrics lay, for the table of metrics
     python figures/make.py draw         redraw every picture from the CSVs
     python figures/make.py theory       recompute figures/kl_direction.csv (exact tables, seconds)
 
@@ -156,12 +157,23 @@ def tables():
             print(f"| `{options}` | {random} | **{mean:.2f}** [{low:.2f}, {high:.2f}] | {seeds} | {guider} | {steps:.2f} M | {cpu:.0f} |")
 
 
+def healthy(run_dir):
+    """Print where nine of ten values of every metric lie after a run's first tenth."""
+    with open(Path(run_dir) / "metrics.csv") as file:
+        rows = list(csv.DictReader(file))
+    for name in rows[0]:
+        low, high = np.nanquantile([float(row[name]) for row in rows[len(rows) // 10 :]], (0.05, 0.95))
+        print(f"{name:22s} {low:8.3g} to {high:.3g}")
+
+
 def savefig(name):
     plt.tight_layout()
     plt.savefig(HERE / f"{name}.png", dpi=110)
     plt.close()
 
 
+# Scores on mpe_spread, and after how many steps: given to the project, one seed each, not measured by it
+PEERS = {"MAT (PyTorch)": (0.59, 0.57e6), "JaxMARL MAPPO": (0.62, 1.0e6), "CleanMARL MAPPO": (0.24, 0.3e6)}
 COLORS = {"magpo": "tab:blue", "mappo": "tab:orange", "ctds": "tab:green"}
 
 
@@ -184,6 +196,11 @@ def draw_curves(name):
     for reference, score in envs.make(env, 1).references.items():
         left.axhline(score, color="gray", lw=0.8, ls="--")
         left.text(0, score, reference, fontsize=7, va="bottom", color="gray")
+    if env == "mpe_spread":
+        random, heuristic = envs.make(env, 1).references.values()
+        for peer, (score, step) in PEERS.items():
+            left.plot(step, random + score * (heuristic - random), "k^", ms=5)
+            left.text(step, random + score * (heuristic - random) - 0.4, peer, fontsize=7, va="top")
     for axes, title in ((left, "learners, 95 % bootstrap band over seeds"), (right, "the imitation gap: guider (dotted), learners")):
         axes.set(xlabel="environment steps", ylabel="mean team return", title=f"{env}: {title}")
         axes.title.set_fontsize(9), axes.legend(fontsize=7)
@@ -275,7 +292,7 @@ def draw():
 
 
 if __name__ == "__main__":
-    actions = {"sweep": sweep, "tables": tables, "draw": draw, "theory": kl_direction, "random": random_returns}
+    actions = {"sweep": sweep, "tables": tables, "draw": draw, "theory": kl_direction, "random": random_returns, "healthy": healthy}
     if len(sys.argv) < 2 or sys.argv[1] not in actions or (sys.argv[1] == "sweep" and sys.argv[2:3] != [n for n in EXPERIMENTS if n in sys.argv[2:3]]):
         sys.exit(__doc__ + f"\nexperiments: {', '.join(EXPERIMENTS)}")
     actions[sys.argv[1]](*sys.argv[2:])
