@@ -1638,6 +1638,14 @@ def test_the_tutorials_own_environment_is_learned(tmp_path):
     assert float(re.search(r"learner +([\d.]+)", result.stdout)[1]) > 0.9  # random: 1 / 9
 
 
+@pytest.mark.slow
+def test_memory_pays_where_something_must_be_remembered(tmp_path):
+    options = "--num-envs 16 --total-timesteps 16000 --eval-episodes 256"
+    result = run(f"python {HERE / 'magpo.py'} --env pettingzoo:figures.remember --recurrent {options}", tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert float(re.search(r"learner +([\d.]+)", result.stdout)[1]) > 0.9  # without memory 1 / 3 at best
+
+
 OTHERS = (
     "mpe2.simple_spread_v3",
     "mpe2.simple_reference_v3",
