@@ -1621,6 +1621,7 @@ def test_sweeps_go_on_where_they_stopped_and_tables_and_pictures_follow(tmp_path
     make.sweep("tiny", "seed 2"), make.sweep("tiny")
     last = [row["seed"] for row in make.read("tiny") if row["final"] == 1]
     assert last == [2, 1] and capsys.readouterr().out.count("cpu-s") == 2
+    shutil.copy(HERE / "figures" / "random.csv", tmp_path)
     make.tables()
     assert "learners" in capsys.readouterr().out
 
