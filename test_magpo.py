@@ -1484,10 +1484,10 @@ def test_logged_returns_are_of_the_updated_learners(tmp_path):
 @pytest.mark.slow
 def test_learners_score_the_same_on_mpe2(tmp_path):
     """Train briefly on the batched environment, then act from the same starts in both, each agent on its own observation."""
-    args = magpo.Args(env="mpe_spread", runs_dir=str(tmp_path), total_timesteps=32_000, eval_episodes=256)
+    args = magpo.Args(env="mpe_spread", runs_dir=str(tmp_path), total_timesteps=64_000, num_envs=128, eval_episodes=256)
     _, _, learner = magpo.load(magpo.train(args) / "checkpoint.pt")
     learner.requires_grad_(False)
-    real, episodes, starts, theirs = mpe2_spread(3), 100, [], []
+    real, episodes, starts, theirs = mpe2_spread(3), 200, [], []
     torch.manual_seed(0)
     for episode in range(episodes):
         obs, _ = real.reset(seed=episode)
