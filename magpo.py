@@ -38,9 +38,9 @@ Distribution.set_default_validate_args(False)  # validation reads values back fr
 
 PRESETS = {  # by the environment's family, the first word of its name; they win over the defaults of Args
     "mpe": dict(total_timesteps=2_048_000, num_envs=256, update_epochs=2, learning_rate=4.5e-3, delta=1.3, lam=3.0),
-    "coordsum": dict(total_timesteps=320_000, learning_rate=2e-3, gamma=0.0, delta=1.3, lam=2.0, embed_dim=32),
+    "coordsum": dict(total_timesteps=320_000, learning_rate=2e-3, gamma=0.0, delta=1.3, lam=2.0),
     "matrix": dict(total_timesteps=40_960, num_steps=8, num_minibatches=2, update_epochs=4, learning_rate=4e-3, gamma=0.0,
-                   max_grad_norm=0.5, delta=1.3, embed_dim=32, hidden_dim=64),
+                   max_grad_norm=0.5, delta=1.3, hidden_dim=64),
     "pettingzoo": dict(num_envs=8, num_minibatches=4, eval_every=50, eval_episodes=256),
     "gym": dict(num_envs=32, num_steps=50, num_minibatches=8, learning_rate=1e-3, ent_coef=0.05, gamma=0.99, eval_episodes=256),
 }  # fmt: skip
@@ -81,7 +81,7 @@ class Args:
     residual: bool = False  # mu's logits are pi's, as of the rollout, plus a learned correction; implied by reset
     recurrent: bool = False  # give the learners and the guider a memory, a GRU over time
     state: bool = False  # show the environment's global state to the guider, and to it alone
-    embed_dim: int = 48  # width of the guider
+    embed_dim: int = 32  # width of the guider; four times that in front
     hidden_dim: int = 128  # width of the learners
     eval_every: int = 10  # iterations between two evaluations of the learners
     eval_episodes: int = 1024  # episodes behind each line of the final table
@@ -132,19 +132,21 @@ def linear(inputs, outputs, gain):
 class Features(nn.Module):
     """Features (..., N, C) of each agent's own observation (..., N, D) and id; guider and learners have one each.
 
-    Two tanh layers: where to go is a smooth function of positions, and ReLUs were slow to learn it. Row i of `agent_id` is what
-    a one-hot id appended to the observation would add. If recurrent, a GRU over time follows. `memory` is a list: the hidden
-    state (B, N, C), replaced by the new one, and `starts` (B,), or (T, B) for sequences: where it is zero, at episode starts.
+    Three tanh layers, two of `width` units: where to go is a smooth function of positions; ReLUs, fewer layers or fewer units were
+    slow to learn it. Row i of `agent_id` is what a one-hot id appended to the observation would add. If recurrent, a GRU over
+    time follows. `memory` is a list: the hidden state (B, N, C), replaced by the new one, and `starts` (B,), or (T, B) for
+    sequences: where it is zero, at episode starts.
     """
 
-    def __init__(self, num_agents, obs_dim, dim, recurrent=False):
+    def __init__(self, num_agents, obs_dim, width, dim, recurrent=False):
         super().__init__()
-        self.obs_in, self.hidden = linear(obs_dim, dim, 3.0), linear(dim, dim, 5 / 3)
-        self.agent_id = nn.Parameter(0.2 * torch.randn(num_agents, dim))
+        self.agent_id = nn.Parameter(0.2 * torch.randn(num_agents, width))
+        sizes = (obs_dim, width, 3.0), (width, width, 5 / 3), (width, dim, 5 / 3)
+        self.obs_in, self.hidden, self.out = (linear(*size) for size in sizes)
         self.gru = nn.GRUCell(dim, dim) if recurrent else None
 
     def forward(self, obs, memory=None):
-        x = self.hidden((self.obs_in(obs) + self.agent_id).tanh()).tanh()
+        x = self.out(self.hidden((self.obs_in(obs) + self.agent_id).tanh()).tanh()).tanh()
         if self.gru is None:
             return x
         hidden, starts = memory
@@ -193,10 +195,10 @@ class Guider(nn.Module):
         state: (..., S), global state that no learner sees. memory: of Features, if recurrent.
     """
 
-    def __init__(self, num_agents, obs_dim, action_dim, continuous=False, dim=64, recurrent=False, state_dim=0):
+    def __init__(self, num_agents, obs_dim, action_dim, continuous=False, dim=32, recurrent=False, state_dim=0):
         super().__init__()
         self.continuous = continuous
-        self.features = Features(num_agents, obs_dim, dim, recurrent)
+        self.features = Features(num_agents, obs_dim, 4 * dim, dim, recurrent)
         self.state_in = nn.Linear(state_dim, dim) if state_dim else None
         self.encoder, self.decoder = Block(dim), Block(dim)
         self.value_head = nn.Linear(dim, 1)
@@ -247,12 +249,12 @@ class Learner(nn.Module):
     def __init__(self, num_agents, obs_dim, action_dim, continuous=False, dim=128, recurrent=False):
         super().__init__()
         self.continuous = continuous
-        self.features, self.hidden = Features(num_agents, obs_dim, dim, recurrent), linear(dim, dim, 5 / 3)
+        self.features = Features(num_agents, obs_dim, dim, dim, recurrent)
         self.policy_head = linear(dim, action_dim * (1 + continuous), 0.1)
 
     def params(self, obs, memory=None):
         """obs (..., N, D) -> the policy's parameters (..., N, A), or (..., N, 2 A) if continuous."""
-        return self.policy_head(self.hidden(self.features(obs, memory)).tanh())
+        return self.policy_head(self.features(obs, memory))
 
     def forward(self, obs, action_mask=None, memory=None):
         """obs (..., N, D) -> pi's distribution at every agent, over its allowed actions (..., N, A)."""

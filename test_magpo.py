@@ -1696,7 +1696,8 @@ def test_networks_start_orthogonal_and_nearly_uniform():
     for layer, gain in (
         (guider.features.hidden, 5 / 3),
         (learner.features.obs_in, 3),
-        (learner.hidden, 5 / 3),
+        (learner.features.out, 5 / 3),
+        (guider.features.out, 5 / 3),
         (learner.policy_head, 0.1),
     ):
         weight = layer.weight.double() / gain
