@@ -60,7 +60,7 @@ EXPERIMENTS = {
     + grid((1, 2), env="mpe_spread", backtracking=("soft", "reset"), residual=(False, True), total_timesteps=832_000),
     "others": grid((1, 2, 3), env=MPE2, total_timesteps=120_000) + grid((1, 2, 3), env=FORAGING, total_timesteps=480_000),
     "continuous": grid((1, 2, 3), env="mpe_spread_continuous", total_timesteps=1_024_000),
-    "memory": grid((1, 2, 3), env=REMEMBER, recurrent=(False, True), num_envs=16, total_timesteps=16_000)
+    "memory": grid((1, 2, 3), env=REMEMBER, recurrent=(False, True), total_timesteps=40_000)
     + grid((1, 2), env="mpe_spread_partial", recurrent=(False, True), total_timesteps=1_024_000)
     + grid((1,), env="coordsum_3x10", recurrent=True, ent_coef=(0.01, 0.2), total_timesteps=512_000, **WHOLE_EPISODES),
     "gamma": grid((1, 2, 3), env="coordsum_3x10", algo=("magpo", "mappo"), gamma=0.9),
