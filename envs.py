@@ -794,7 +794,7 @@ class Run:
             print(f"total_timesteps is cut to {self.num_iterations * self.samples}, a multiple of num_envs x num_steps.")
         if (self.args["algo"], self.args["backtracking"]) != ("magpo", "soft"):
             bound = "" if self.args["algo"] == "mappo" else f", delta {self.args['delta']}"
-            print("{algo}, {backtracking} backtracking: lambda is {lam}".format(**self.args) + f"{bound}, whatever you gave.")
+            print("{algo}, {backtracking} backtracking: lambda is {lam}".format(**self.args) + f"{bound}, by definition.")
         bar = dict(
             unit="step", unit_scale=self.samples, initial=self.iteration, total=self.num_iterations, disable=not self.leads
         )

@@ -8,7 +8,7 @@ one agent after the other, each given the ones before it; what is deployed are N
 observation alone. Every iteration of train() makes the paper's four steps:
 
     1. data collection      roll out the guider mu
-    2. guider update        improve mu by PPO, but only as far as pi can follow: |log mu/pi| <= log delta   (Eq. 9)
+    2. guider update        improve mu by PPO, but hold it where pi can follow, |log mu/pi| <= log delta    (Eq. 9)
     3. learner update       pi imitates mu, and improves on the team's reward itself a little               (Eq. 10)
     4. guider backtracking  mu := pi, so that the next step starts from what the learners can do; in practice Eq. 9's bound
                             does it (to the letter: --backtracking reset)
@@ -229,7 +229,7 @@ class Guider(nn.Module):
 
     @torch.no_grad()
     def act(self, obs, base=None, action_mask=None, active=None, state=None, memory=None):
-        """obs (..., N, D) -> actions (..., N), their logprobs (..., N), values (..., N); samples agent by agent."""
+        """obs (..., N, D) -> actions (..., N) or (..., N, A), logprobs (..., N), values (..., N); samples agent by agent."""
         encoded, values = self.encode(obs, active, state, memory)
         ### BEGIN SOLUTION
         before, cache, actions, logprobs = self.start, [], [], []
@@ -402,7 +402,7 @@ def train(args, stop=()):
         with torch.no_grad():
             for _ in range(T):
                 step = dict(obs=obs, starts=memories[0][1]) | pick(infos, *guider_inputs)
-                if args.residual or args.recurrent or args.algo == "mappo":  # the learners' memory goes on, whoever acts
+                if args.residual or args.recurrent or args.algo == "mappo":  # as base, for its memory, or to act
                     params = learner.params(obs, memories[1])
                     step |= dict(base=params) if args.residual else {}
                 if args.algo == "mappo":
@@ -420,7 +420,7 @@ def train(args, stop=()):
                 step |= dict(terminations=terminations, truncations=truncations, episode_returns=returns_so_far)
                 steps.append(step | pick(infos, "final_obs", "final_active", "final_state"))
                 returns_so_far = returns_so_far * ~starts
-            buffer = {name: torch.stack([step.pop(name) for step in steps]) for name in [*steps[0]]}  # each (T, E, ...)
+            buffer = {name: torch.stack([step.pop(name) for step in steps]) for name in [*steps[0]]}  # each (T, E, ...); once in memory
 
             mean, std = value_norm.stats()
             values = buffer["values"] * std + mean  # (T, E, N)
@@ -430,10 +430,10 @@ def train(args, stop=()):
             next_values = guider.encode(**last, memory=goes_on)[1].view_as(values) * std + mean
             rewards, *ended = (buffer[name][..., None] for name in ("rewards", "terminations", "truncations"))  # (T, E, 1)
             advantages, returns = compute_gae(rewards, values, next_values, *ended, args.gamma, args.gae_lambda)
-            # Statistics are over all processes. Agents that have left have no advantage, as they have no policy loss
-            live = gather(buffer["active"]) if "active" in buffer else ...
-            errors, all_returns, all_advantages = gather(returns - values)[live], gather(returns), gather(advantages)[live]
-            explained_variance = 1 - errors.var() / all_returns[live].var().clamp(min=1e-8)
+            # Statistics are over all processes and, but for the returns', over agents that have not left (...: none has)
+            stayed = gather(buffer["active"]) if "active" in buffer else ...
+            errors, all_returns, all_advantages = gather(returns - values)[stayed], gather(returns), gather(advantages)[stayed]
+            explained_variance = 1 - errors.var() / all_returns[stayed].var().clamp(min=1e-8)
             value_norm.update(all_returns)
             mean, std = value_norm.stats()
             buffer["returns"] = (returns - mean) / std
@@ -447,7 +447,7 @@ def train(args, stop=()):
             for index in torch.randperm(batch["obs"].shape[1], device=device).chunk(args.num_minibatches):
                 b = {name: x[:, index] for name, x in batch.items()}
                 past = [[hidden[index], b["starts"]] if args.recurrent else None for hidden in first_hidden]
-                live = b.get("active", ...)
+                live = b.get("active", ...)  # agents that have left count in neither policy loss
                 # Both losses are computed at the same parameters, then both networks step; neither loss moves the other's
                 pi = learner(b["obs"], b.get("action_mask"), past[1])
                 if args.algo == "mappo":  # mu = pi: inner clip, mask and KL vanish, and Eq. 9 is PPO
@@ -496,7 +496,8 @@ def evaluate(args, guider, learner, policy, episodes, seed):
     """Team returns (episodes,) of fresh episodes, rounded up so that every copy plays equally many (else short ones win).
 
     policy: "guider" (sampled), "learner" (sampled) or "learner_greedy"; learners act from their own observations alone.
-    seed: of environments and sampling; PyTorch's random numbers in training are not disturbed.
+    seed: of environments and sampling; a run's evaluations share one, so that its points differ by the parameters alone.
+        PyTorch's random numbers in training are not disturbed.
     """
     device = next(learner.parameters()).device
     copies = min(episodes, args.num_envs)
