@@ -424,11 +424,14 @@ def train(args, stop=()):
 
             mean, std = value_norm.stats()
             values = buffer["values"] * std + mean  # (T, E, N)
-            # V of the observation that each step led to: the last one of its episode where the environment was reset
-            last = {name.removeprefix("final_"): x.flatten(0, 1) for name, x in buffer.items() if name.startswith("final_")}
-            goes_on = [buffer["hidden"].flatten(0, 1), torch.zeros(T * E, dtype=torch.bool, device=device)]
-            next_values = guider.encode(**last, memory=goes_on)[1].view_as(values) * std + mean
+            # V of what each step led to: the next row, but for the rollout's last step, and for an episode's, whose row is a reset
             rewards, *ended = (buffer[name][..., None] for name in ("rewards", "terminations", "truncations"))  # (T, E, 1)
+            unseen = (ended[0] | ended[1]).squeeze(-1)
+            unseen[-1] = True
+            last = {name.removeprefix("final_"): x[unseen] for name, x in buffer.items() if name.startswith("final_")}
+            goes_on = [buffer["hidden"][unseen], torch.zeros_like(last["obs"][:, 0, 0], dtype=torch.bool)]
+            next_values = values.roll(-1, 0)
+            next_values[unseen] = guider.encode(**last, memory=goes_on)[1] * std + mean
             advantages, returns = compute_gae(rewards, values, next_values, *ended, args.gamma, args.gae_lambda)
             # Statistics are over all processes and, but for the returns', over agents that have not left (...: none has)
             stayed = gather(buffer["active"]) if "active" in buffer else ...

@@ -1650,6 +1650,11 @@ def test_every_documented_command_has_a_test():
         assert ran or any(test in globals() for test in tests), line
 
 
+def test_code_in_the_tutorial_stands_in_magpo():
+    blocks = [block for block in re.findall(r"```python\n(.*?)```", (HERE / "TUTORIAL.md").read_text(), re.S) if "class" not in block]
+    assert all(block in (HERE / "magpo.py").read_text() for block in blocks) and len(blocks) in (0, 2)  # 0 in the hand-out
+
+
 def test_random_play_is_written_down(tmp_path, monkeypatch):
     (tmp_path / "old").mkdir(), monkeypatch.setattr(make, "HERE", tmp_path)
     monkeypatch.setattr(make, "OTHERS", ("pettingzoo:figures.remember",))
@@ -1686,7 +1691,7 @@ def test_sweeps_go_on_where_they_stopped_and_tables_and_pictures_follow(tmp_path
 
 def test_the_tutorials_own_environment_is_learned(tmp_path):
     """The example of TUTORIAL.md as it stands there: two agents learn to name a number."""
-    (code,) = re.findall(r"```python\n(.*?)```", (HERE / "TUTORIAL.md").read_text(), re.S)
+    (code,) = [block for block in re.findall(r"```python\n(.*?)```", (HERE / "TUTORIAL.md").read_text(), re.S) if "class" in block]
     (tmp_path / "my_team.py").write_text(code)
     result = run(
         f"python {HERE / 'magpo.py'} --env pettingzoo:my_team --total-timesteps 20000",
@@ -2865,7 +2870,8 @@ def test_the_host_never_waits_in_the_rollout_or_a_minibatch(env, algo, device, t
 
         monkeypatch.setattr(owner, name, wrapped)
 
-    switching(magpo.Guider, "encode", True)  # the rollout's first call, but of mappo's first step; an update's, too
+    switching(magpo.Guider, "act", True), switching(magpo.Learner, "params", True)  # one of them begins a rollout's step
+    switching(magpo.ValueNorm, "stats", False)  # the rollout is over; finding where episodes ended waits, once
     switching(magpo, "compute_gae", True, False)
     switching(torch, "randperm", False, True)
     switching(magpo, "gather", False)  # of what is logged
@@ -2874,7 +2880,7 @@ def test_the_host_never_waits_in_the_rollout_or_a_minibatch(env, algo, device, t
     options = QUICK | dict(num_envs=16, num_steps=30, num_minibatches=4, total_timesteps=960)
     with guard:
         magpo.train(magpo.Args(env=env, algo=algo, cuda=device == "cuda", runs_dir=str(tmp_path), **options))
-    assert min(seen[name] for name in ("encode", "compute_gae", "randperm", "gather")) >= 2
+    assert min(seen[name] for name in ("params", "stats", "compute_gae", "randperm", "gather")) >= 2
 
 
 @pytest.mark.slow
