@@ -39,7 +39,6 @@ MPE2 = tuple(f"pettingzoo:mpe2.simple_{name}" for name in ("spread_v3", "referen
 FORAGING = ("gym:Foraging-8x8-2p-2f-coop-v3", "gym:Foraging-2s-8x8-2p-2f-coop-v3")
 REMEMBER = "pettingzoo:figures.remember"
 OTHERS = (*MPE2, *FORAGING, "gym:rware-tiny-2ag-v2", "pettingzoo:butterfly.knights_archers_zombies_v11", REMEMBER)
-WHOLE_EPISODES = dict(num_steps=100, num_envs=64, num_minibatches=4, embed_dim=64, learning_rate=4e-3)  # CoordSum's last 100 steps
 
 
 def grid(seeds, **options):
@@ -61,8 +60,7 @@ EXPERIMENTS = {
     "others": grid((1, 2, 3), env=MPE2, total_timesteps=120_000) + grid((1, 2, 3), env=FORAGING, total_timesteps=480_000),
     "continuous": grid((1, 2, 3), env="mpe_spread_continuous", total_timesteps=1_024_000),
     "memory": grid((1, 2, 3), env=REMEMBER, recurrent=(False, True), total_timesteps=40_000)
-    + grid((1, 2), env="mpe_spread_partial", recurrent=(False, True), total_timesteps=1_024_000)
-    + grid((1,), env="coordsum_3x10", recurrent=True, ent_coef=(0.01, 0.2), total_timesteps=512_000, **WHOLE_EPISODES),
+    + grid((1, 2), env="mpe_spread_partial", recurrent=(False, True), total_timesteps=1_024_000),
     "gamma": grid((1, 2, 3), env="coordsum_3x10", algo=("magpo", "mappo"), gamma=0.9),
     "team": grid((1,), env=("mpe_spread", "mpe_spread_5ag", "mpe_spread_10ag"), total_timesteps=1_024_000),
 }
