@@ -402,7 +402,7 @@ def train(args, stop=()):
         with torch.no_grad():
             for _ in range(T):
                 step = dict(obs=obs, starts=memories[0][1]) | pick(infos, *guider_inputs)
-                if args.residual or args.recurrent or args.algo == "mappo":  # as base, for its memory, or to act
+                if args.residual or args.recurrent or args.algo == "mappo":  # to be the base, to act, or for their memory
                     params = learner.params(obs, memories[1])
                     step |= dict(base=params) if args.residual else {}
                 if args.algo == "mappo":
@@ -420,18 +420,18 @@ def train(args, stop=()):
                 step |= dict(terminations=terminations, truncations=truncations, episode_returns=returns_so_far)
                 steps.append(step | pick(infos, "final_obs", "final_active", "final_state"))
                 returns_so_far = returns_so_far * ~starts
-            buffer = {name: torch.stack([step.pop(name) for step in steps]) for name in [*steps[0]]}  # each (T, E, ...); once in memory
+            # Each (T, E, ...); popped, since both copies at once would double the memory
+            buffer = {name: torch.stack([step.pop(name) for step in steps]) for name in [*steps[0]]}
 
             mean, std = value_norm.stats()
             values = buffer["values"] * std + mean  # (T, E, N)
-            # V of what each step led to: the next row, but for the rollout's last step, and for an episode's, whose row is a reset
+            # V of what each step led to: the next step's, but where an episode ends (a reset follows) and at the rollout's end
+            next_values, last = values.roll(-1, 0), buffer["terminations"] | buffer["truncations"]  # last: (T, E)
+            last[-1] = True
+            final = {name.removeprefix("final_"): x[last] for name, x in buffer.items() if name.startswith("final_")}
+            goes_on = [buffer["hidden"][last], torch.zeros(len(final["obs"]), dtype=torch.bool, device=device)]
+            next_values[last] = guider.encode(**final, memory=goes_on)[1] * std + mean
             rewards, *ended = (buffer[name][..., None] for name in ("rewards", "terminations", "truncations"))  # (T, E, 1)
-            unseen = (ended[0] | ended[1]).squeeze(-1)
-            unseen[-1] = True
-            last = {name.removeprefix("final_"): x[unseen] for name, x in buffer.items() if name.startswith("final_")}
-            goes_on = [buffer["hidden"][unseen], torch.zeros_like(last["obs"][:, 0, 0], dtype=torch.bool)]
-            next_values = values.roll(-1, 0)
-            next_values[unseen] = guider.encode(**last, memory=goes_on)[1] * std + mean
             advantages, returns = compute_gae(rewards, values, next_values, *ended, args.gamma, args.gae_lambda)
             # Statistics are over all processes and, but for the returns', over agents that have not left (...: none has)
             stayed = gather(buffer["active"]) if "active" in buffer else ...

@@ -1656,7 +1656,7 @@ def test_code_in_the_tutorial_stands_in_magpo():
 
 
 def test_random_play_is_written_down(tmp_path, monkeypatch):
-    (tmp_path / "old").mkdir(), monkeypatch.setattr(make, "HERE", tmp_path)
+    monkeypatch.setattr(make, "HERE", tmp_path)
     monkeypatch.setattr(make, "OTHERS", ("pettingzoo:figures.remember",))
     make.random_returns()
     (row,) = csv.DictReader((tmp_path / "random.csv").read_text().splitlines())
@@ -1668,7 +1668,7 @@ def test_details_are_still_there(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "magpo", magpo)
     for changes, options in details.DETAILS.values():
         details.changed(changes).Args(**options)
-    monkeypatch.setattr(details, "CSV", tmp_path / "details.csv"), monkeypatch.setattr(details, "STEPS", 6400)
+    monkeypatch.setattr(make, "HERE", tmp_path), monkeypatch.setattr(details, "STEPS", 6400)
     details.run("time-outs count as ends", 1)
     details.table()
     assert "| time-outs count as ends | -2" in capsys.readouterr().out

@@ -4,21 +4,20 @@ Takes one detail at a time out of magpo.py (by replacing its text, so that magpo
 option, and trains mpe_spread with it. Runs whose rows stand in the CSV are skipped; twelve minutes on one core for a seed.
 """
 
-import csv
 import itertools
 import sys
-import tempfile
 import types
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from figures import make  # noqa: E402
+
 SOURCE = (Path(__file__).parents[1] / "magpo.py").read_text()
-CSV = Path(__file__).with_suffix(".csv")
 SEEDS, STEPS = (1,), 512_000  # a quarter of the preset's budget, with the learning rate falling to zero within it
 HEADS = "action_dim * (1 + continuous), 0.1)"
 SCALED = "(advantages - all_advantages.mean()) / (all_advantages.std() + 1e-8)"
-PICKED = "log_mu, log_pi, log_old, adv, kl_mu, kl_pi = (x[live] for x in (*logprobs, b[\"advantages\"], *kls))"
+PICKED = 'log_mu, log_pi, log_old, adv, kl_mu, kl_pi = (x[live] for x in (*logprobs, b["advantages"], *kls))'
 DETAILS = {  # what is changed: (texts and their replacements, options)
     "nothing": ([], {}),
     "time-outs count as ends": ([("next_values, *ended,", "next_values, ended[0] | ended[1], ended[1],")], {}),
@@ -49,43 +48,29 @@ def changed(changes):
     return module
 
 
-def read():
-    """Rows of the CSV; none if there is no such file."""
-    return list(csv.DictReader(CSV.read_text().splitlines())) if CSV.exists() else []
-
-
 def run(detail, seed):
     """Train with one thing changed, append a row to the CSV and print it."""
     changes, options = DETAILS[detail]
-    magpo = changed(changes)
-    with tempfile.TemporaryDirectory() as folder:
-        args = magpo.Args(env="mpe_spread", total_timesteps=STEPS, eval_every=10_000, seed=seed, runs_dir=folder, **options)
-        path = magpo.train(args)
-        last = list(csv.DictReader((path / "metrics.csv").read_text().splitlines()))[-1]
-        args, guider, learner = magpo.load(path / "checkpoint.pt")
-    final = {p: magpo.evaluate(args, guider, learner, p, args.eval_episodes, seed + 2).mean().item() for p in ("learner", "guider")}
-    row = dict(detail=detail, seed=seed, learners=f"{final['learner']:.5g}", guider=f"{final['guider']:.5g}")
-    row["cpu_seconds"] = f"{float(last['cpu_seconds']):.4g}"
-    new = not CSV.exists()
-    with open(CSV, "a", newline="") as file:
-        writer = csv.DictWriter(file, row, lineterminator="\n")
-        writer.writeheader() if new else None
-        writer.writerow(row)
+    options = dict(env="mpe_spread", total_timesteps=STEPS, eval_every=10_000, seed=seed) | options
+    _, metrics, final = make.train(changed(changes), options)
+    numbers = dict(learners=final["learner"], guider=final["guider"], cpu_seconds=float(metrics[-1]["cpu_seconds"]))
+    row = dict(detail=detail, seed=seed) | {name: f"{value:.5g}" for name, value in numbers.items()}
+    make.append("details", [row])
     print(*row.values(), sep="  ", flush=True)
 
 
 def table():
-    """Print the returns of the learners, each seed, and the means of the guider's and of the CPU-seconds."""
+    """Print, for each detail, the learners' return with each seed, and the means of the guider's and of the CPU-seconds."""
     print("\n| changed | learners | guider | CPU-seconds |\n|---|---|---|---|")
-    for detail, rows in itertools.groupby(sorted(read(), key=lambda row: [*DETAILS].index(row["detail"])), lambda row: row["detail"]):
-        rows = list(rows)
-        guider, cpu = (sum(float(row[key]) for row in rows) / len(rows) for key in ("guider", "cpu_seconds"))
-        seeds = ", ".join(f"{float(row['learners']):.2f}" for row in rows)
-        print(f"| {detail} | {seeds} | {guider:.2f} | {cpu:.0f} |")
+    for detail in DETAILS:
+        if rows := [row for row in make.read("details") if row["detail"] == detail]:
+            guider, cpu = (sum(row[key] for row in rows) / len(rows) for key in ("guider", "cpu_seconds"))
+            seeds = ", ".join(f"{row['learners']:.2f}" for row in rows)
+            print(f"| {detail} | {seeds} | {guider:.2f} | {cpu:.0f} |")
 
 
 if __name__ == "__main__":
-    done = {(row["detail"], int(row["seed"])) for row in read()}
+    done = {(row["detail"], row["seed"]) for row in make.read("details")}
     for seed, detail in itertools.product(SEEDS, DETAILS):
         if (detail, seed) not in done:
             run(detail, seed)

@@ -79,7 +79,29 @@ def read(name):
     if not path.exists():
         return []
     with open(path) as file:
-        return [{k: v if k in ("command", "env", "algo") else float(v) for k, v in row.items()} for row in csv.DictReader(file)]
+        return [{k: v if k in ("command", "env", "algo", "detail") else float(v) for k, v in row.items()} for row in csv.DictReader(file)]
+
+
+def append(name, rows):
+    """Append rows, dicts with the same keys, to figures/NAME.csv."""
+    path = HERE / f"{name}.csv"
+    new = not path.exists()
+    with open(path, "a", newline="") as file:
+        table = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
+        table.writeheader() if new else None
+        table.writerows(rows)
+
+
+def train(magpo, options):
+    """Train with a module magpo -> Args, the rows of metrics.csv at its evaluations, mean return of each policy at the end."""
+    with tempfile.TemporaryDirectory() as folder:
+        run_dir = magpo.train(magpo.Args(**options, runs_dir=folder))
+        with open(run_dir / "metrics.csv") as file:
+            metrics = [row for row in csv.DictReader(file) if row["learner_return"] != "nan"]
+        args, guider, learner = magpo.load(run_dir / "checkpoint.pt")
+    policies = ("learner", "learner_greedy") + ("guider",) * (args.algo != "mappo")
+    final = {p: magpo.evaluate(args, guider, learner, p, args.eval_episodes, args.seed + 2).mean().item() for p in policies}
+    return args, metrics, final
 
 
 def sweep(name, text=""):
@@ -89,26 +111,14 @@ def sweep(name, text=""):
     for number, options in enumerate(runs, 1):
         if command(options) in done or text not in command(options):
             continue
-        with tempfile.TemporaryDirectory() as folder:
-            args = magpo.Args(**options, runs_dir=folder)
-            run_dir = magpo.train(args)
-            with open(run_dir / "metrics.csv") as file:
-                metrics = [row for row in csv.DictReader(file) if row["learner_return"] != "nan"]
-            args, guider, learner = magpo.load(run_dir / "checkpoint.pt")
+        args, metrics, final = train(magpo, options)
         keys = ("step", "cpu_seconds", "guider_return", "learner_return")
         rows = [{key: f"{float(row[key]):.6g}" for key in keys} for row in metrics]
-        policies = ("learner", "learner_greedy") + ("guider",) * (args.algo != "mappo")
-        final = {p: magpo.evaluate(args, guider, learner, p, args.eval_episodes, args.seed + 2).mean().item() for p in policies}
         extra = {"algo": args.algo, "env": args.env, "seed": args.seed, "delta": args.delta, "lam": args.lam, "command": command(options)}
         rows = [row | {"final": 0} | extra for row in rows]
         last = {"guider_return": f"{final.get('guider', math.nan):.6g}", "learner_return": f"{final['learner']:.6g}", "final": 1}
         rows.append(rows[-1] | last)
-        path = HERE / f"{name}.csv"
-        new = not path.exists()
-        with open(path, "a", newline="") as file:
-            table = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
-            table.writeheader() if new else None
-            table.writerows(rows)
+        append(name, rows)
         print(f"[{number}/{len(runs)}] {final['learner']:9.3f} {rows[-1]['cpu_seconds']:>6s} cpu-s  {command(options)}", flush=True)
 
 
