@@ -3100,6 +3100,7 @@ def load_symptoms():
     return symptoms
 
 
+@needs_kit
 @pytest.mark.slow
 def test_symptoms_are_shown_clean_and_bugged(tmp_path, monkeypatch):
     symptoms = load_symptoms()
