@@ -2949,6 +2949,7 @@ def test_quality_reads_the_first_step_at_which_a_score_stands(speed_csvs, tmp_pa
     assert [line.split() for line in out] == [
         ["magpo", "0.60", "median", "20", "seeds", "20", "30", "10"],
         ["magpo", "0.90", "median", "30", "seeds", "30", "inf", "20"],
+        ["magpo", "final", "score", "1.03"],  # (-7.0 + 26.34) / (26.34 - 7.63)
     ]
 
 

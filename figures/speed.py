@@ -305,22 +305,29 @@ def draw():
 # --- Time to quality --------------------------------------------------------------------------------------------------
 
 
-def first_reached(rows, score, key):
-    """row[key] of the first row at which the learners' score (0 random, 1 heuristic) is reached; inf if none is."""
+def score_of(row):
+    """The learners' score: 0 for random play's return, 1 for the heuristic's."""
     random, heuristic = envs.make("mpe_spread", 1).references.values()
-    reached = (float(row[key]) for row in rows if (float(row["learner_return"]) - random) / (heuristic - random) >= score)
+    return (float(row["learner_return"]) - random) / (heuristic - random)
+
+
+def first_reached(rows, score, key):
+    """row[key] of the first row at which the learners' score is reached; inf if none is."""
+    reached = (float(row[key]) for row in rows if score_of(row) >= score)
     return next(reached, float("inf"))
 
 
 def quality():
-    """CPU-seconds (evaluations included) to each score, per seed and in the median, from the curves in mpe_spread.csv."""
-    curves = [row for row in read("mpe_spread") if row["final"] == "0" and row["env"] == "mpe_spread"]
+    """CPU-seconds (evaluations included) to each score, per seed and in the median, and the final score: from mpe_spread.csv."""
+    curves, ends = ([row for row in read("mpe_spread") if row["final"] == f and row["env"] == "mpe_spread"] for f in "01")
     for algo, score in itertools.product(dict.fromkeys(row["algo"] for row in curves), SCORES):
         runs = {row["command"]: [] for row in curves if row["algo"] == algo}
         for command, run in runs.items():
             run += [row for row in curves if row["command"] == command]
         seconds = [first_reached(run, score, "cpu_seconds") for run in runs.values()]
         print(f"{algo:6s} {score:.2f}  median {statistics.median(seconds):6.0f}  seeds {' '.join(f'{x:.0f}' for x in seconds)}")
+    for algo in dict.fromkeys(row["algo"] for row in ends):
+        print(f"{algo:6s} final score {statistics.mean(score_of(row) for row in ends if row['algo'] == algo):.2f}")
 
 
 # --- GPU --------------------------------------------------------------------------------------------------------------
