@@ -33,6 +33,7 @@ DETAILS = {  # what is changed: (texts and their replacements, options)
     "half as many minibatches, learning rate 6e-3": ([], dict(num_minibatches=8, learning_rate=6e-3)),
     "one epoch": ([], dict(update_epochs=1)),
     "128 copies, 8 minibatches": ([], dict(num_envs=128, num_minibatches=8)),
+    "two threads": ([], dict(torch_threads=2)),
 }  # fmt: skip
 
 
