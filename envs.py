@@ -46,6 +46,7 @@ import gymnasium
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # its default arguments, read before there is a process group, do not keep that one alive
 from gymnasium import spaces
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv, VectorWrapper
 from gymnasium.vector.utils import batch_space

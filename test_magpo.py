@@ -2477,7 +2477,11 @@ def test_a_folder_that_cannot_be_written_is_one_sentence_before_training(tmp_pat
 
 
 TORCHRUN = """
-import sys, torch, magpo
+import atexit, glob, sys
+def threads_left():
+    print("threads:", [open(name).read().strip() for name in glob.glob("/proc/self/task/*/comm")], file=sys.stderr)
+atexit.register(threads_left)  # first in, last out
+import torch, magpo
 from envs import RANK, WORLD
 folder, mode, saved = sys.argv[1], sys.argv[2], {}
 build = magpo.build
@@ -2516,6 +2520,9 @@ def torchrun(processes, mode, folder):
     )
     result = run(command, folder, {"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"})
     assert result.returncode == 0, result.stderr
+    # A thread of gloo's that outlives the process group aborts its process now and then, when the interpreter ends
+    assert result.stderr.count("threads:") == processes
+    assert not re.search("threads:.*gloo", result.stderr)
     return result.stdout, [torch.load(folder / f"{processes}{rank}.pt") for rank in range(processes)]
 
 
