@@ -1575,6 +1575,7 @@ def commands(document):
 
 
 README, TUTORIAL = commands("README.md"), commands("TUTORIAL.md")
+SNIPPETS = re.findall(r"```python\n(.*?)```", (HERE / "TUTORIAL.md").read_text(), re.S)
 
 
 @pytest.mark.parametrize("command", [*README, *(pytest.param(line, marks=pytest.mark.slow) for line in TUTORIAL)])
@@ -1651,7 +1652,7 @@ def test_every_documented_command_has_a_test():
 
 
 def test_code_in_the_tutorial_stands_in_magpo():
-    blocks = [block for block in re.findall(r"```python\n(.*?)```", (HERE / "TUTORIAL.md").read_text(), re.S) if "import" not in block]
+    blocks = [block for block in SNIPPETS if "import" not in block]
     assert all(block in (HERE / "magpo.py").read_text() for block in blocks) and len(blocks) in (0, 2)  # 0 in the hand-out
 
 
@@ -1691,7 +1692,7 @@ def test_sweeps_go_on_where_they_stopped_and_tables_and_pictures_follow(tmp_path
 
 def test_the_tutorials_own_environment_is_learned(tmp_path):
     """The example of TUTORIAL.md as it stands there: two agents learn to name a number."""
-    (code,) = [block for block in re.findall(r"```python\n(.*?)```", (HERE / "TUTORIAL.md").read_text(), re.S) if "class" in block]
+    (code,) = [block for block in SNIPPETS if "class" in block]
     (tmp_path / "my_team.py").write_text(code)
     result = run(
         f"python {HERE / 'magpo.py'} --env pettingzoo:my_team --total-timesteps 20000",
@@ -2728,7 +2729,7 @@ def test_render_refuses(env, path, sentence, tmp_path, monkeypatch):
 
 
 def test_the_tutorials_snippet_acts_as_the_learners_do(trained):
-    (code,) = [block for block in re.findall(r"```python\n(.*?)```", (HERE / "TUTORIAL.md").read_text(), re.S) if "def act(" in block]
+    (code,) = [block for block in SNIPPETS if "def act(" in block]
     names = {}
     exec(code.replace("runs/my_run", str(trained[0])), names)
     learner, obs = names["learner"], torch.randn(3, 18)
@@ -3112,7 +3113,9 @@ def load_symptoms():
 def test_symptoms_are_shown_clean_and_bugged(tmp_path, monkeypatch):
     symptoms = load_symptoms()
     monkeypatch.setattr(symptoms, "__file__", str(tmp_path / "symptoms.py"))
-    monkeypatch.setattr(symptoms, "RUNS", [(5, f"--env matrix_sum10 --total-timesteps 8192 {symptoms.ONE_STEP}", ["clip_frac"])])
+    monkeypatch.setattr(
+        symptoms, "RUNS", [(5, f"--env matrix_sum10 --total-timesteps 8192 {symptoms.ONE_STEP}", ["clip_frac"])]
+    )
     symptoms.main()
     with open(tmp_path / "symptoms.csv") as file:
         clean, bugged = csv.DictReader(file)
