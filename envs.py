@@ -408,7 +408,8 @@ class Team(gymnasium.Env):
 
     Observations are a Dict: obs (N, D), active (N,), action_mask (N, A) if actions are discrete, state (S,) if S > 0.
     Smaller observations are padded with zeros; actions that an agent does not have are masked. An agent that has left is
-    not active, may choose only action 0 (which nobody executes) and counts as reward 0 in the mean.
+    not active, may choose only action 0 where there are masks (nobody executes it) and counts as reward 0 in the mean. An
+    episode ends when the last agent does, and is truncated if for one of those who were there to the end time ran out.
     """
 
     def __init__(self, env_id, kwargs, state_dim=0):
@@ -452,7 +453,7 @@ class Team(gymnasium.Env):
         if seed is None:  # never passed on, because some environments then ask the operating system for a seed
             seed = int(self.np_random.integers(2**31))
         obs, infos = self.env.reset(seed=seed)
-        self.present, self.timed_out = set(self.env.agents), set()
+        self.present = set(self.env.agents)
         return self._arrays(obs, infos, self.present), {}
 
     def step(self, actions):
@@ -466,11 +467,10 @@ class Team(gymnasium.Env):
         before = self.present
         self.present = {agent for agent in self.env.agents if not (terminated.get(agent) or truncated.get(agent))}
         out_of_time = {agent for agent in before - self.present if not terminated.get(agent)}
-        self.timed_out |= out_of_time
         over = not self.present
         arrays = self._arrays(obs, infos, out_of_time if over else self.present)  # active: those who could go on
         reward = sum(map(float, self.rewards.values())) / len(self.ids)
-        return arrays, reward, over and not self.timed_out, over and bool(self.timed_out), {}
+        return arrays, reward, over and not out_of_time, over and bool(out_of_time), {}
 
     def _arrays(self, obs, infos, active):
         if strangers := set(self.env.agents) - set(self.ids):
@@ -499,7 +499,8 @@ class Team(gymnasium.Env):
 
 def in_worker(*args):
     """A Team in a process of its own, which a Ctrl-C meant for the whole group shall not stop in the middle of a step."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN), signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     return Team(*args)
 
 
@@ -532,7 +533,8 @@ def probe(env_id, kwargs, state):
                     arrays, _ = team.reset()
             team.close()
     finally:
-        random.setstate(saved[0]), np.random.set_state(saved[1])
+        random.setstate(saved[0])
+        np.random.set_state(saved[1])
     given = {"action_mask": team.masked, "active": env_id.startswith("pettingzoo:"), "state": state}
     return [key for key in given if given[key]], state_dim
 
@@ -749,6 +751,7 @@ class Run:
         self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
         if cuda:
             torch.cuda.set_device(self.device)
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats itself only with one of these
         self.saved = read_checkpoint(args["resume"], self.device) if args["resume"] else {}
         if WORLD > 1 and not dist.is_initialized():
             dist.init_process_group("nccl" if cuda else "gloo")
@@ -829,7 +832,9 @@ class Run:
         memory = io.BytesIO()  # so that a full disk is an OSError, and nothing is computed while the file is open
         torch.save(contents | {"here": here if here["envs"] and WORLD == 1 else {}}, memory)
         with open(self.path / "checkpoint.tmp", "wb") as file:
-            file.write(memory.getbuffer()), file.flush(), os.fsync(file.fileno())
+            file.write(memory.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(file.name, self.path / "checkpoint.pt")
         self.writer.flush()
 
@@ -842,9 +847,11 @@ class Run:
         if self.table is None:
             self.file = open(self.path / "metrics.csv", "w", newline="")
             self.table = csv.DictWriter(self.file, row)
-            self.table.writeheader(), self.table.writerows(self.rows)
+            self.table.writeheader()
+            self.table.writerows(self.rows)
         self.rows.append(row)
-        self.table.writerow(row), self.file.flush()
+        self.table.writerow(row)
+        self.file.flush()
         for name, value in row.items():
             self.writer.add_scalar(name, value, step)
         if row["learner_return"] == row["learner_return"]:  # there was an evaluation
