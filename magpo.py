@@ -123,9 +123,10 @@ def sample(policy):
 
 
 def linear(inputs, outputs, gain):
-    """Linear layer that starts with orthogonal weights and without bias."""
+    """Linear layer that starts with orthogonal weights and a bias of zero."""
     layer = nn.Linear(inputs, outputs)
-    nn.init.orthogonal_(layer.weight, gain), nn.init.zeros_(layer.bias)
+    nn.init.orthogonal_(layer.weight, gain)
+    nn.init.zeros_(layer.bias)
     return layer
 
 
@@ -267,10 +268,11 @@ class ValueNorm(nn.Module):
     def __init__(self, decay=0.99):
         super().__init__()
         self.decay = decay
-        self.register_buffer("moments", torch.zeros(3))  # running averages of 1 (to undo the start at zero), x and x^2
+        # Running averages of 1 (to undo the start at zero), x and x^2; in float32 a large mean's rounding would be the deviation
+        self.register_buffer("moments", torch.zeros(3, dtype=torch.float64))
 
     def update(self, x):
-        self.moments.lerp_(torch.stack([(x**power).mean() for power in (0, 1, 2)]), 1 - self.decay)
+        self.moments.lerp_(torch.stack([(x.double() ** power).mean() for power in (0, 1, 2)]), 1 - self.decay)
 
     def stats(self):
         """Mean and deviation; 0 and 0.001 before the first update."""
@@ -337,6 +339,14 @@ def learner_loss(learner_logprobs, old_logprobs, advantages, kl, clip_coef, lam)
     ### END SOLUTION
 
 
+def backtrack(guider):
+    """Step 4 to the letter: mu := pi. The guider's own part of the logits becomes zero; its critic stays as it is."""
+    ### BEGIN SOLUTION
+    nn.init.zeros_(guider.policy_head.weight)
+    nn.init.zeros_(guider.policy_head.bias)
+    ### END SOLUTION
+
+
 # --- Training ---------------------------------------------------------------------------------------------------------
 def detached(policy):
     """The same distribution as a constant (stop-gradient)."""
@@ -381,21 +391,18 @@ def train(args, stop=()):
     optimizer = torch.optim.Adam(parameters, args.learning_rate, eps=1e-5, fused=True)
     value_norm = ValueNorm().to(device)
     parts = dict(guider=guider, learner=learner, optimizer=optimizer, value_norm=value_norm)
-    here = run.restore(parts)  # the episodes that were in the air when the checkpoint was written; empty at a start
+    here = run.restore(parts)  # where the episodes of a resumed run stood; empty at a start
     obs, infos = envs.reset(seed=run.seed, options=here.get("envs"))
     # memories: the guider's and the learners', of what their recurrent layers saw so far
     memories, returns_so_far = here.get("air") or (empty_memories(args, envs, device), torch.zeros(E, device=device))
     guider_inputs, critic_inputs = ("base", "action_mask", "active", "state"), ("active", "state")
+    if args.backtracking == "reset":
+        backtrack(guider)
     for iteration in run.iterations(envs.note, stop):
-        if run.iteration % args.save_every == 0:  # those that are done
+        if run.iteration % args.save_every == 0:  # run.iteration counts those that are done
             run.save(parts, envs, (memories, returns_so_far))
         remaining = 1 - (iteration - 1) / run.num_iterations if args.anneal_lr else 1.0
         optimizer.param_groups[0]["lr"] = args.learning_rate * remaining
-        if args.backtracking == "reset":
-            ### BEGIN SOLUTION
-            # Step 4 of the iteration before, to the letter: a correction of zero is mu = pi (Adam's moments stay)
-            nn.init.zeros_(guider.policy_head.weight), nn.init.zeros_(guider.policy_head.bias)
-            ### END SOLUTION
 
         # Step 1, data collection: roll out the guider mu
         steps, first_hidden = [], [hidden for hidden, _ in memories]
@@ -425,7 +432,7 @@ def train(args, stop=()):
 
             mean, std = value_norm.stats()
             values = buffer["values"] * std + mean  # (T, E, N)
-            # V of what each step led to: the next step's, but where an episode ends (a reset follows) and at the rollout's end
+            # V of the observation that each step led to: the next row's, but where an episode or the rollout ends final_obs's
             next_values, last = values.roll(-1, 0), buffer["terminations"] | buffer["truncations"]  # last: (T, E)
             last[-1] = True
             final = {name.removeprefix("final_"): x[last] for name, x in buffer.items() if name.startswith("final_")}
@@ -433,7 +440,7 @@ def train(args, stop=()):
             next_values[last] = guider.encode(**final, memory=goes_on)[1] * std + mean
             rewards, *ended = (buffer[name][..., None] for name in ("rewards", "terminations", "truncations"))  # (T, E, 1)
             advantages, returns = compute_gae(rewards, values, next_values, *ended, args.gamma, args.gae_lambda)
-            # Statistics are over all processes and, but for the returns', over agents that have not left (...: none has)
+            # Statistics are over all processes. Agents that have left count in the returns' alone; `...` selects all agents
             stayed = gather(buffer["active"]) if "active" in buffer else ...
             errors, all_returns, all_advantages = gather(returns - values)[stayed], gather(returns), gather(advantages)[stayed]
             explained_variance = 1 - errors.var() / all_returns[stayed].var().clamp(min=1e-8)
@@ -464,7 +471,7 @@ def train(args, stop=()):
                 # Step 2, guider update (Eq. 9)
                 loss_mu, mask, clipped = guider_loss(log_mu, log_pi, log_old, adv, kl_mu, args.clip_coef, args.delta)
                 entropy = mu.entropy()[live].mean()
-                loss_v = 0.5 * (new_values - b["returns"]).square().mean()  # of all agents, as values lead from one to the next
+                loss_v = 0.5 * (new_values - b["returns"]).square().mean()  # also of those that left: earlier values rest on it
 
                 # Step 3, learner update (Eq. 10)
                 loss_pi = learner_loss(log_pi, log_old, adv, kl_pi, args.clip_coef, args.lam)
@@ -473,13 +480,16 @@ def train(args, stop=()):
                 (loss_mu - args.ent_coef * remaining * entropy + args.vf_coef * loss_v + loss_pi).backward()
                 norms = [nn.utils.clip_grad_norm_(net.parameters(), args.max_grad_norm) for net in (guider, learner)]
                 optimizer.step()
-                # Step 4, guider backtracking: soft, nothing is left to do, as Eq. 9 kept mu near pi; reset, see the loop's start
                 losses.append(torch.stack([loss_mu, loss_pi, loss_v, kl_pi.mean(), entropy, mask, clipped, *norms]).detach())
 
+        # Step 4, guider backtracking: mu := pi. If soft, nothing is left to do, as Eq. 9 kept mu near pi
+        if args.backtracking == "reset":
+            backtrack(guider)
+
         names = "guider_loss learner_loss value_loss kl entropy mask_frac clip_frac guider_grad_norm learner_grad_norm".split()
-        finished = gather(buffer["episode_returns"])[gather(buffer["terminations"] | buffer["truncations"])]
         losses = torch.stack(losses)  # (minibatches, names)
         check_finite(iteration, "too high a learning rate", dict(zip(names, losses.unbind(1))))
+        finished = gather(buffer["episode_returns"])[gather(buffer["terminations"] | buffer["truncations"])]
         row = dict(guider_return=finished.mean().item(), learner_return=math.nan)  # nan: no episode ended
         row |= dict(zip(names, gather(losses[None]).mean((0, 1)).tolist()), explained_variance=explained_variance.item())
         if run.leads and (iteration % args.eval_every == 0 or iteration in (1, run.num_iterations)):
@@ -504,7 +514,7 @@ def evaluate(args, guider, learner, policy, episodes, seed):
     """
     device = next(learner.parameters()).device
     copies = min(episodes, args.num_envs)
-    envs, rounds = make_envs(args, copies, device), -(-episodes // copies)
+    envs, rounds = make_envs(args, copies, device), math.ceil(episodes / copies)
     done, copy = torch.zeros(copies, dtype=torch.long, device=device), torch.arange(copies, device=device)
     total = torch.zeros(rounds + 1, copies, device=device)  # the last row takes what comes after a copy's last episode
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -529,12 +539,15 @@ def evaluate(args, guider, learner, policy, episodes, seed):
 
 def print_table(args, guider, learner):
     """Print mean team return and 95 % confidence interval of guider and learners, beside the environment's references."""
-    print(f"{args.env}, {args.algo}, seed {args.seed}: mean team return over {args.eval_episodes} episodes")
-    for policy in ("learner", "learner_greedy") + ("guider",) * (args.algo != "mappo"):
-        total = evaluate(args, guider, learner, policy, args.eval_episodes, args.seed + 2)
+    policies = ("learner", "learner_greedy") if args.algo == "mappo" else ("learner", "learner_greedy", "guider")
+    totals = {policy: evaluate(args, guider, learner, policy, args.eval_episodes, args.seed + 2) for policy in policies}
+    print(f"{args.env}, {args.algo}, seed {args.seed}: mean team return over {len(totals['learner'])} episodes")
+    for policy, total in totals.items():
         print(f"  {policy:22s} {total.mean():9.2f} +- {1.96 * total.std() / math.sqrt(len(total)):.2f}")
-    for name, score in make_envs(args, 1).references.items():
+    envs = make_envs(args, 1)
+    for name, score in envs.references.items():
         print(f"  {f'({name})':22s} {score:9.2f}")
+    envs.close()
 
 
 def load(path, **changes):
@@ -545,7 +558,8 @@ def load(path, **changes):
     guider, learner = build(args, envs)
     envs.close()
     try:
-        guider.load_state_dict(checkpoint["guider"]), learner.load_state_dict(checkpoint["learner"])
+        guider.load_state_dict(checkpoint["guider"])
+        learner.load_state_dict(checkpoint["learner"])
     except RuntimeError:
         raise ValueError(f"{path} does not fit {args.env}: other agents, observations, actions or networks.") from None
     return args, guider, learner
@@ -555,7 +569,7 @@ def main():
     """The command line: options as in Args; wrong ones end in one sentence and exit code 2, what stops a run in 1, 130 or 143."""
     env = re.findall(r"--env[ =](\S+)", " ".join(sys.argv))
     args = tyro.cli(Args, default=Args(env=env[-1] if env else Args.env))  # so that --help shows the preset, too
-    words = {re.sub("^--(no-)?", "", word).split("=")[0].replace("-", "_") for word in sys.argv}
+    words = {re.sub("^--(no-)?", "", word).split("=")[0].replace("-", "_") for word in sys.argv if word.startswith("--")}
     given = {name: value for name, value in asdict(args).items() if name in words}
     try:
         if args.resume and len(given) > 1:

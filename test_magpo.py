@@ -404,6 +404,15 @@ def test_value_norm():
     torch.testing.assert_close(std, (square - expected**2).sqrt())
 
 
+def test_value_norm_keeps_the_deviation_beside_a_large_mean():
+    norm, x = magpo.ValueNorm(), 20_000 + torch.randn(100, 64, generator=torch.Generator().manual_seed(0))
+    for returns in x:
+        norm.update(returns)
+    mean, std = norm.stats()
+    assert abs(mean - 20_000) < 0.1 and 0.9 < std < 1.1
+    assert ((x - mean) / std).dtype == torch.float32  # as the critic's targets must be
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Environments
 # ----------------------------------------------------------------------------------------------------------------------
@@ -742,12 +751,17 @@ def test_all_tensors_are_on_the_device(fake):
     assert {tensor.device.type for tensor in (obs, *infos.values(), *results, *more.values())} == {"meta"}
 
 
-def test_a_team_of_whom_one_ran_out_of_time_is_truncated(fake):
-    env = fake(names="ab", leaves={"a": (2, "truncated"), "b": (3, "terminated")})
+@pytest.mark.parametrize("a, b", [("truncated", "terminated"), ("terminated", "truncated")])
+def test_a_team_ends_as_the_last_of_it_do(a, b, fake):
+    """With nobody left who could have gone on, there is no observation to bootstrap from."""
+    env = fake(names="ab", leaves={"a": (2, a), "b": (3, b)})
     env.reset(seed=0)
     ends = [env.step(zeros(env))[2:] for _ in range(3)]
-    assert [(over.any().item(), late.all().item()) for over, late, _ in ends] == [(False, False), (False, False), (False, True)]
-    assert ends[1][2]["active"].tolist() == [[False, True]] * 2 and not ends[2][2]["final_active"].any()
+    assert not any(flag.any() for *flags, _ in ends[:2] for flag in flags)
+    over, late, infos = ends[2]
+    assert over.all() == (b == "terminated") and late.all() == (b == "truncated")
+    assert ends[1][2]["active"].tolist() == [[False, True]] * 2
+    assert infos["final_active"].tolist() == [[False, b == "truncated"]] * 2
 
 
 def test_an_episode_ends_by_its_flags_too(fake):
@@ -1466,6 +1480,17 @@ def test_exercise_5_reset_changes_the_correction_alone(tmp_path, monkeypatch):
         for net, old in zip(nets, started[0])
     ]
     assert moved == [["policy_head.weight"], []]
+
+
+def test_exercise_5_the_last_iteration_ends_with_step_4_too(tmp_path):
+    """What is kept, evaluated and put into the table is mu_{k+1} = pi_{k+1}, not pi_{k+1} plus what Eq. 9 added to pi_k."""
+    options = QUICK | dict(env="coordsum_3x10", backtracking="reset", learning_rate=0.05, runs_dir=str(tmp_path))
+    args, guider, learner = magpo.load(magpo.train(magpo.Args(**options)))
+    obs, actions = (
+        torch.eye(30)[:, None].expand(-1, 3, -1),
+        torch.randint(10, (30, 3), generator=torch.Generator().manual_seed(0)),
+    )
+    assert torch.equal(guider(obs, actions, base=learner.params(obs))[0].logits, learner(obs).logits)
 
 
 @pytest.mark.slow
@@ -2346,6 +2371,20 @@ def test_eval_on_another_compatible_environment(trained, monkeypatch, capsys):
     assert f"learner {magpo.evaluate(args, guider, learner, 'learner', 4, 3).mean():24.2f}" in table
 
 
+def test_the_table_says_how_many_episodes_it_played_and_closes_its_environments(trained, monkeypatch, capsys):
+    make_envs, opened = magpo.make_envs, []
+
+    def watched(*args):
+        opened.append(make_envs(*args))
+        return opened[-1]
+
+    monkeypatch.setattr(magpo, "make_envs", watched)
+    args, guider, learner = magpo.load(trained[0], eval_episodes=QUICK["num_envs"] + 1)
+    magpo.print_table(args, guider, learner)
+    assert f"over {2 * QUICK['num_envs']} episodes" in capsys.readouterr().out  # every copy plays equally many
+    assert len(opened) == 5 and all(env.closed for env in opened)
+
+
 @pytest.mark.parametrize("env", ["mpe_spread_5ag", "mpe_spread_continuous", "coordsum_3x10"])
 def test_eval_refuses_an_environment_of_another_shape(env, trained, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["magpo.py", "--eval", str(trained[0]), "--env", env])
@@ -2378,6 +2417,15 @@ def test_resume_takes_no_other_options(option, trained, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         magpo.main()
     assert stop.value.code == 2 and "by the run's own options: give no others" in capsys.readouterr().err
+
+
+def test_values_of_options_are_not_options(trained, tmp_path, monkeypatch):
+    shutil.copytree(trained[0], tmp_path / "seed")  # a run's folder may have any name
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["magpo.py", "--resume", "seed"])
+    with pytest.raises(SystemExit) as stop:
+        magpo.main()
+    assert stop.value.code == 0
 
 
 @pytest.mark.parametrize("number, code", [(2, 130), pytest.param(15, 143, marks=pytest.mark.slow)])
