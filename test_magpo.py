@@ -1650,6 +1650,7 @@ RUN_BY = {  # the tests that run what else the documents name
     "python figures/speed.py throughput": "test_throughput_takes_ratios_within_a_round",
     "python figures/speed.py profile": "test_profile_adds_up",
     "python figures/speed.py growth": "test_growth_and_its_picture",
+    "python figures/speed.py draw": "test_growth_and_its_picture",
     "python figures/speed.py quality": "test_quality_reads_the_first_step_at_which_a_score_stands",
     "python figures/speed.py gpu": "test_gpu_benchmark_on_the_cpu",
     "python figures/bugs/symptoms.py": "test_symptoms_are_shown_clean_and_bugged",

@@ -3,7 +3,7 @@
 No reinforcement here: learners copy the heuristic of references.py (landmarks shared out anew at every step, so that what
 to do follows from the observation) by plain supervised learning, and then play mpe_spread alone. What cannot be copied
 in this way cannot be found by trial either; that is how magpo.py's layers were chosen. The last row copies a team with fixed
-roles, agent i to landmark i, which every network learns: it is the score that strong agent ids lead to, and stop at.
+roles, agent i to landmark i, which are easy to learn: it is the score that strong agent ids lead to, and stop at.
 """
 
 import sys

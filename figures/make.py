@@ -48,7 +48,7 @@ def grid(seeds, **options):
 
 
 EXPERIMENTS = {
-    "mpe_spread": grid((1, 2, 3, 4, 5), env="mpe_spread", algo="magpo") + grid((1, 2, 3), env="mpe_spread", algo=("mappo", "ctds")),
+    "mpe_spread": grid((1, 2, 3, 4, 5), env="mpe_spread", algo=ALGOS),
     "coordsum": grid((1, 2, 3, 4, 5), env="coordsum_3x10", algo=ALGOS),
     "sum10": grid((1, 2, 3, 4, 5), env="matrix_sum10", algo=ALGOS),
     "matrix": grid((1, 2, 3, 4, 5), env=("matrix_climbing", "matrix_penalty", "matrix_xor", "matrix_sum10")),
@@ -164,7 +164,8 @@ def tables():
             guider, env, steps = "" if np.isnan(guider) else f"{guider:.2f}", runs[0]["env"], runs[0]["step"] / 1e6
             random = randoms.get(env) or f"{envs.make(env, 1).references['random']:.3g}"
             options = title.removeprefix("python magpo.py ")
-            print(f"| `{options}` | {random} | **{mean:.2f}** [{low:.2f}, {high:.2f}] | {seeds} | {guider} | {steps:.2f} M | {cpu:.0f} |")
+            spread = f" [{low:.2f}, {high:.2f}]" if len(runs) > 1 else ""
+            print(f"| `{options}` | {random} | **{mean:.2f}**{spread} | {seeds} | {guider} | {steps:.2f} M | {cpu:.0f} |")
 
 
 def healthy(run_dir):

@@ -22,7 +22,7 @@ RUNS = [
     (2, "--env mpe_spread --total-timesteps 160000", ["learner_return", "explained_variance", "value_loss"]),
     (3, "--env mpe_spread --recurrent --num-steps 5 --total-timesteps 64000", ["learner_return"]),
     (3, f"--env mpe_spread --algo mappo --recurrent --num-steps 5 --total-timesteps 32000 {ONE_STEP}", ["clip_frac", "guider_loss"]),
-    (4, "--env matrix_sum10 --eval-every 1", ["learner_return", "guider_return", "kl", "entropy", "clip_frac", "learner_loss"]),
+    (4, "--env matrix_sum10 --eval-every 1", ["learner_return", "guider_return", "kl", "entropy", "clip_frac", "guider_loss", "learner_loss"]),
     (5, "--env matrix_sum10", ["guider_return", "entropy", "clip_frac", "guider_loss"]),
     (5, f"--env matrix_sum10 {ONE_STEP}", ["clip_frac"]),
 ]
