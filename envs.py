@@ -104,7 +104,7 @@ class BatchedEnv(VectorEnv):
             options: a state_dict() to go on from, instead of new episodes.
         """
         if seed is not None:
-            self.generator.manual_seed(seed + self.continuous)  # or a Gaussian policy of the same seed drew the same numbers
+            self.generator.manual_seed(seed + 1)  # or a policy seeded alike would draw the numbers that placed the agents
         self.time = 0
         self._start()
         if options:

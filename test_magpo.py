@@ -537,8 +537,12 @@ def test_environment_seeds():
     assert torch.equal(play(1), play(1)) and not torch.equal(play(1), play(2))
 
 
-def test_gaussian_actions_are_not_tied_to_the_environments_numbers():
-    """With one seed for both, PyTorch would make the noise from the very numbers that placed the agents."""
+def test_actions_are_not_tied_to_the_environments_numbers():
+    """With one seed for both, PyTorch would make a policy's noise from the very numbers that placed the agents."""
+    env = envs.make("coordsum_3x10", 4096)
+    targets = env.reset(seed=3)[0][:, 0].argmax(-1)
+    torch.manual_seed(3)
+    assert (torch.randint(30, (4096,)) == targets).float().mean() < 0.1
     env = envs.make("mpe_spread_continuous", 4096)
     obs, _ = env.reset(seed=3)
     torch.manual_seed(3)
