@@ -13,7 +13,8 @@ observation alone. Every iteration of train() makes the paper's four steps:
     4. guider backtracking  mu := pi, so that the next step starts from what the learners can do; in practice Eq. 9's bound
                             does it (to the letter: --backtracking reset)
 
-Shapes: T steps, E environments, N agents, D features of one agent's observation, A actions of one agent.
+Shapes: T steps, E environments, N agents, D features of one observation, A actions of one agent, S features of the global
+state, C width of a layer. What stands between BEGIN and END SOLUTION is blank in TUTORIAL.md's course kit.
 
 Where paper, official code and this file differ, TUTORIAL.md has the table. In short: attention instead of Sable's retention; a
 fixed agent order, so that an unchanged guider's importance ratio is 1; time-outs bootstrap instead of counting as terminal;
@@ -52,9 +53,9 @@ class Args:
     """MAGPO: train decentralized learners with an autoregressive guider. What you give wins over the environment's preset."""
 
     env: str = "mpe_spread"  # environment, a name from envs.py; the preset of its family fills in what you do not give
-    env_kwargs: str = "{}"  # options of the environment's constructor, as JSON, such as '{"N": 5}'
+    env_kwargs: str = "{}"  # options of the environment's constructor, as JSON, such as '{"num_agents": 5}'
     num_workers: int = 0  # of pettingzoo: and gym: environments; 0 for none, else num_envs, a process per copy
-    algo: Literal["magpo", "mappo", "ctds"] = "magpo"  # mappo: PPO on the learners; ctds: a teacher that does not wait for them
+    algo: Literal["magpo", "mappo", "ctds"] = "magpo"  # mappo: PPO on the learners; ctds: imitation alone, delta inf and lam 0
     seed: int = 1  # seed of everything random, environments included
     cuda: bool = False  # train on the GPU, if there is one
     torch_deterministic: bool = True  # PyTorch's deterministic algorithms; a warning where there is none
@@ -78,7 +79,7 @@ class Args:
 
     delta: float = 2.0  # delta of Eq. 9, above 1: the guider keeps mu/pi within [1/delta, delta]; inf for no bound
     lam: float = 1.0  # lambda of Eq. 10: weight of the learners' own RL loss
-    backtracking: Literal["soft", "reset"] = "soft"  # step 4: Eq. 9's bound, or mu := pi in each iteration
+    backtracking: Literal["soft", "reset"] = "soft"  # step 4: Eq. 9's bound, or mu := pi (with delta inf and lam 0)
     residual: bool = False  # mu's logits are pi's, as of the rollout, plus a learned correction; implied by reset
     recurrent: bool = False  # give the learners and the guider a memory, a GRU over time
     state: bool = False  # show the environment's global state to the guider, and to it alone
@@ -117,7 +118,7 @@ def distribution(params, continuous, action_mask=None):
 
 
 def sample(policy):
-    """Actions (..., N) or (..., N, A), as policy.sample() would draw them, but without its checks, for which a GPU has to wait."""
+    """Actions (..., N) or (..., N, A), as policy.sample() draws them, but without its checks, for which a GPU has to wait."""
     if policy.has_rsample:
         return policy.rsample()
     return (policy.logits - torch.empty_like(policy.logits).exponential_().log()).argmax(-1)  # Gumbel's trick
@@ -134,10 +135,10 @@ def linear(inputs, outputs, gain):
 class Features(nn.Module):
     """Features (..., N, C) of each agent's own observation (..., N, D) and id; guider and learners have one each.
 
-    Three tanh layers, two of `width` units: where to go is a smooth function of positions; ReLUs, fewer layers or fewer units were
-    slow to learn it. Row i of `agent_id` is what a one-hot id appended to the observation would add. If recurrent, a GRU over
-    time follows. `memory` is a list: the hidden state (B, N, C), replaced by the new one, and `starts` (B,), or (T, B) for
-    sequences: where it is zero, at episode starts.
+    Three tanh layers, two of `width` units: where to go is a smooth function of positions; ReLUs, fewer layers or units were slow
+    to learn it. Row i of `agent_id` is what a one-hot id appended to the observation would add. If recurrent, a GRU over
+    time follows. `memory` is then a list of the hidden state of B copies, (B, N, C), replaced by the new one, and of `starts`,
+    (B,) or for sequences (T, B) bool: where an episode begins, with a hidden state of zero.
     """
 
     def __init__(self, num_agents, obs_dim, width, dim, recurrent=False):
@@ -213,14 +214,15 @@ class Guider(nn.Module):
         x = self.features(obs, memory)
         encoded = self.encoder(x if self.state_in is None else x + self.state_in(state).unsqueeze(-2), active)
         values = self.value_head(encoded).squeeze(-1)
-        return encoded if active is None else encoded * active.unsqueeze(-1), values
+        return encoded if active is None else encoded * active.unsqueeze(-1), values  # zeros for those that left
 
     def policy(self, tokens, base, action_mask, **attention):
+        """tokens (..., K, C) -> mu of K agents: of all, with causal=True, or of the next one alone, with Block's cache."""
         params = self.policy_head(self.decoder(tokens, **attention)) + (0 if base is None else base)
         return distribution(params, self.continuous, action_mask)
 
     def forward(self, obs, actions, base=None, action_mask=None, active=None, state=None, memory=None):
-        """obs (..., N, D), actions (..., N) -> mu at every agent given the actions before it, values (..., N)."""
+        """obs (..., N, D), actions (..., N[, A]) -> mu at every agent given the actions before it, values (..., N)."""
         encoded, values = self.encode(obs, active, state, memory)
         ### BEGIN SOLUTION
         before = self.action_in(actions)[..., :-1, :]  # (..., N - 1, C): agent j sees actions 1..j-1
@@ -269,7 +271,7 @@ class ValueNorm(nn.Module):
     def __init__(self, decay=0.99):
         super().__init__()
         self.decay = decay
-        # Running averages of 1 (to undo the start at zero), x and x^2; in float32 a large mean's rounding would be the deviation
+        # Running averages of 1 (to undo the start at zero), x and x^2; in float32 a large mean would drown the deviation
         self.register_buffer("moments", torch.zeros(3, dtype=torch.float64))
 
     def update(self, x):
@@ -422,7 +424,7 @@ def train(args, stop=()):
                 obs, rewards, terminations, truncations, infos = envs.step(actions)
                 if device.type == "cpu" or ":" in args.env:  # our own environments need no check that would stall a GPU
                     check_finite(iteration, args.env, dict(observation=obs, reward=rewards) | pick(infos, "final_obs", "state"))
-                memories[0][1] = memories[1][1] = starts = terminations | truncations  # an episode starts with obs
+                memories[0][1] = memories[1][1] = starts = terminations | truncations  # (E,), obs is an episode's first
                 returns_so_far = returns_so_far + rewards
                 step |= dict(actions=actions, logprobs=logprobs, values=values, hidden=memories[0][0], rewards=rewards)
                 step |= dict(terminations=terminations, truncations=truncations, episode_returns=returns_so_far)
@@ -510,8 +512,7 @@ def evaluate(args, guider, learner, policy, episodes, seed):
     """Team returns (episodes,) of fresh episodes, rounded up so that every copy plays equally many (else short ones win).
 
     policy: "guider" (sampled), "learner" (sampled) or "learner_greedy"; learners act from their own observations alone.
-    seed: of environments and sampling; a run's evaluations share one, so that its points differ by the parameters alone.
-        PyTorch's random numbers in training are not disturbed.
+    seed: of environments and sampling, apart from training's; one for all of a run, so that only the parameters differ.
     """
     device = next(learner.parameters()).device
     copies = min(episodes, args.num_envs)
@@ -567,7 +568,7 @@ def load(path, **changes):
 
 
 def main():
-    """The command line: options as in Args; wrong ones end in one sentence and exit code 2, what stops a run in 1, 130 or 143."""
+    """The command line: options as in Args; wrong ones end in one sentence and exit code 2, what stops a run in 1, 130, 143."""
     env = re.findall(r"--env[ =](\S+)", " ".join(sys.argv))
     args = tyro.cli(Args, default=Args(env=env[-1] if env else Args.env))  # so that --help shows the preset, too
     words = {re.sub("^--(no-)?", "", word).split("=")[0].replace("-", "_") for word in sys.argv if word.startswith("--")}
