@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from figures import make  # noqa: E402
 
 SOURCE = (Path(__file__).parents[1] / "magpo.py").read_text()
-SEEDS, STEPS = (1,), 512_000  # a quarter of the preset's budget, with the learning rate falling to zero within it
+SEEDS, STEPS = (1, 2), 512_000  # a quarter of the preset's budget, with the learning rate falling to zero within it
 HEADS = "action_dim * (1 + continuous), 0.1)"
 SCALED = "(advantages - all_advantages.mean()) / (all_advantages.std() + 1e-8)"
 PICKED = 'log_mu, log_pi, log_old, adv, kl_mu, kl_pi = (x[live] for x in (*logprobs, b["advantages"], *kls))'

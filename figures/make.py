@@ -62,7 +62,7 @@ EXPERIMENTS = {
     "memory": grid((1, 2, 3), env=REMEMBER, recurrent=(False, True), total_timesteps=40_000)
     + grid((1, 2), env="mpe_spread_partial", recurrent=(False, True), total_timesteps=1_024_000),
     "gamma": grid((1, 2, 3), env="coordsum_3x10", algo=("magpo", "mappo"), gamma=0.9),
-    "team": grid((1,), env=("mpe_spread", "mpe_spread_5ag", "mpe_spread_10ag"), total_timesteps=1_024_000),
+    "team": grid((1, 2), env=("mpe_spread", "mpe_spread_5ag", "mpe_spread_10ag"), algo=("magpo", "mappo"), total_timesteps=1_024_000),
 }
 EXPERIMENTS["backtracking"] = [run for run in EXPERIMENTS["backtracking"] if run["residual"] or run["backtracking"] == "soft"]
 
