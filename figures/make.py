@@ -57,7 +57,9 @@ EXPERIMENTS = {
     "delta_lambda": grid((1, 2, 3), env="matrix_sum10", delta=(1.05, 1.2, 1.5, 2.0, math.inf), lam=(0.0, 0.5, 2.0, 8.0)),
     "backtracking": grid((1, 2, 3), env="coordsum_3x10", backtracking=("soft", "reset"), residual=(False, True), total_timesteps=240_000)
     + grid((1, 2), env="mpe_spread", backtracking=("soft", "reset"), residual=(False, True), total_timesteps=832_000),
-    "others": grid((1, 2, 3), env=MPE2, total_timesteps=120_000) + grid((1, 2, 3), env=FORAGING, total_timesteps=480_000),
+    "others": grid((1, 2, 3), env=MPE2, total_timesteps=120_000)
+    + grid((1, 2, 3), env=FORAGING, total_timesteps=480_000)
+    + grid((1, 2, 3), env=FORAGING[0], algo="mappo", total_timesteps=480_000),
     "continuous": grid((1, 2, 3), env="mpe_spread_continuous", total_timesteps=1_024_000),
     "memory": grid((1, 2, 3), env=REMEMBER, recurrent=(False, True), total_timesteps=40_000)
     + grid((1, 2), env="mpe_spread_partial", recurrent=(False, True), total_timesteps=1_024_000),
