@@ -1,7 +1,7 @@
 """What each detail is worth: `python figures/details.py` -> figures/details.csv and a table in Markdown.
 
 Takes one detail at a time out of magpo.py (by replacing its text, so that magpo.py needs no option for it), or changes one
-option, and trains mpe_spread with it. Runs whose rows stand in the CSV are skipped; twelve minutes on one core for a seed.
+option, and trains mpe_spread with it. Runs whose rows stand in the CSV are skipped; about ten minutes on one core for a seed.
 """
 
 import itertools
