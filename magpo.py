@@ -14,7 +14,7 @@ observation alone. Every iteration of train() makes the paper's four steps:
                             does it (to the letter: --backtracking reset)
 
 Shapes: T steps, E environments, N agents, D features of one observation, A actions of one agent, S features of the global
-state, C width of a layer. What stands between BEGIN and END SOLUTION is blank in TUTORIAL.md's course kit.
+state, C width of a layer. What stands between the ### markers is blank in TUTORIAL.md's course kit.
 
 Where paper, official code and this file differ, TUTORIAL.md has the table. In short: attention instead of Sable's retention; a
 fixed agent order, so that an unchanged guider's importance ratio is 1; time-outs bootstrap instead of counting as terminal;

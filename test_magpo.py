@@ -388,9 +388,10 @@ def test_ratio_of_an_unchanged_guider_is_one():
         torch.testing.assert_close(ratio, torch.ones_like(ratio), rtol=0, atol=tolerance)
 
 
-def test_reset_makes_the_guider_the_learner_to_the_last_bit():
+def test_exercise_5_backtracking_makes_the_guider_the_learner_to_the_last_bit():
     guider, learner = networks()
-    torch.nn.init.zeros_(guider.policy_head.weight), torch.nn.init.zeros_(guider.policy_head.bias)
+    torch.nn.init.normal_(guider.policy_head.bias)
+    magpo.backtrack(guider)
     obs, actions = torch.randn(20, 4, 6, dtype=torch.float64), torch.randint(5, (20, 4))
     assert torch.equal(guider(obs, actions, learner.params(obs))[0].logits, learner(obs).logits)
 
