@@ -304,7 +304,7 @@ def compute_gae(rewards, values, next_values, terminations, truncations, gamma, 
 
 
 def guider_loss(guider_logprobs, learner_logprobs, old_logprobs, advantages, kl, clip_coef, delta):
-    """Policy part of Eq. 9 -> loss, fraction of m = 1, fraction of ratios beyond 1 +- epsilon (scalars).
+    """Policy part of Eq. 9 -> mean loss, fraction of m = 1, fraction of mu/mu_old beyond 1 +- epsilon (scalars).
 
     PPO with a double clip: the inner one takes away the gradient that would push mu further from pi than delta; the mask m
     lets the KL pull it back from where it is already further. Together they are the backtracking (step 4) in practice.
