@@ -342,14 +342,6 @@ def learner_loss(learner_logprobs, old_logprobs, advantages, kl, clip_coef, lam)
     ### END SOLUTION
 
 
-def backtrack(guider):
-    """Step 4 to the letter: mu := pi. The guider's own part of the logits becomes zero; its critic stays as it is."""
-    ### BEGIN SOLUTION
-    nn.init.zeros_(guider.policy_head.weight)
-    nn.init.zeros_(guider.policy_head.bias)
-    ### END SOLUTION
-
-
 # --- Training ---------------------------------------------------------------------------------------------------------
 def detached(policy):
     """The same distribution as a constant (stop-gradient)."""
@@ -365,6 +357,14 @@ def build(args, envs):
     sizes = *envs.single_observation_space.shape, space.shape[1] if continuous else int(space.nvec[0]), continuous
     guider = Guider(*sizes, args.embed_dim, recurrent=args.recurrent, state_dim=envs.state_dim if args.state else 0)
     return guider, Learner(*sizes, args.hidden_dim, args.recurrent)
+
+
+def backtrack(guider):
+    """Step 4 to the letter: mu := pi. The guider's own part of the logits becomes zero; its critic stays as it is."""
+    ### BEGIN SOLUTION
+    nn.init.zeros_(guider.policy_head.weight)
+    nn.init.zeros_(guider.policy_head.bias)
+    ### END SOLUTION
 
 
 def pick(inputs, *names):
