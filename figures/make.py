@@ -166,8 +166,7 @@ def tables():
             guider, env, steps = "" if np.isnan(guider) else f"{guider:.2f}", runs[0]["env"], runs[0]["step"] / 1e6
             random = randoms.get(env) or f"{envs.make(env, 1).references['random']:.3g}"
             options = title.removeprefix("python magpo.py ")
-            spread = f" [{low:.2f}, {high:.2f}]" if len(runs) > 1 else ""
-            print(f"| `{options}` | {random} | **{mean:.2f}**{spread} | {seeds} | {guider} | {steps:.2f} M | {cpu:.0f} |")
+            print(f"| `{options}` | {random} | **{mean:.2f}** [{low:.2f}, {high:.2f}] | {seeds} | {guider} | {steps:.2f} M | {cpu:.0f} |")
 
 
 def healthy(run_dir):
