@@ -400,7 +400,7 @@ def train(args, stop=()):
     memories, returns_so_far = here.get("air") or (empty_memories(args, envs, device), torch.zeros(E, device=device))
     guider_inputs, critic_inputs = ("base", "action_mask", "active", "state"), ("active", "state")
     if args.backtracking == "reset":
-        backtrack(guider)
+        backtrack(guider)  # the first rollout, too, is pi's
     for iteration in run.iterations(envs.note, stop):
         if run.iteration % args.save_every == 0:  # run.iteration counts those that are done
             run.save(parts, envs, (memories, returns_so_far))
@@ -424,7 +424,7 @@ def train(args, stop=()):
                 obs, rewards, terminations, truncations, infos = envs.step(actions)
                 if device.type == "cpu" or ":" in args.env:  # our own environments need no check that would stall a GPU
                     check_finite(iteration, args.env, dict(observation=obs, reward=rewards) | pick(infos, "final_obs", "state"))
-                memories[0][1] = memories[1][1] = starts = terminations | truncations  # (E,), obs is an episode's first
+                memories[0][1] = memories[1][1] = starts = terminations | truncations  # (E,), where obs is an episode's first
                 returns_so_far = returns_so_far + rewards
                 step |= dict(actions=actions, logprobs=logprobs, values=values, hidden=memories[0][0], rewards=rewards)
                 step |= dict(terminations=terminations, truncations=truncations, episode_returns=returns_so_far)
