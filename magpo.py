@@ -33,7 +33,7 @@ import torch.nn as nn
 import tyro
 from torch.distributions import Categorical, Distribution, Independent, Normal, kl_divergence
 
-from envs import WORLD, Run, catch_signals, check_finite, gather, make_envs, read_checkpoint, share_gradients, validate
+from run import WORLD, Run, catch_signals, check_finite, gather, make_envs, read_checkpoint, share_gradients, validate
 
 Distribution.set_default_validate_args(False)  # validation reads values back from the device at every call
 
