@@ -35,6 +35,10 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
 
+class EnvFailure(RuntimeError):
+    """An environment broke the contract while running, or raised; then __cause__ is its own exception."""
+
+
 def check_shape(actions, action_space):
     """The same actions; ValueError unless they have the space's shape."""
     if actions.shape != action_space.shape:
@@ -61,6 +65,7 @@ class BatchedEnv(VectorEnv):
     metadata = {"autoreset_mode": AutoresetMode.SAME_STEP}
     references: dict[str, float] = {}  # mean team return per episode of known policies
     state_dim, note = 0, ""
+    win_return = None
 
     def __init__(self, num_envs, device, num_agents, num_features, num_actions, episode_length, continuous, terminal, dtype):
         self.num_envs, self.device, self.dtype = num_envs, torch.device(device), dtype
@@ -74,6 +79,7 @@ class BatchedEnv(VectorEnv):
         self.action_space = batch_space(self.single_action_space, num_envs)
         self.generator = torch.Generator(self.device)
         self.time = 0
+        self.max_episode_steps = episode_length
         never, always = torch.zeros(2, num_envs, dtype=torch.bool, device=self.device)
         self._over = (never, ~always)
 
