@@ -258,8 +258,8 @@ class SimpleSpread(BatchedEnv):
 
     An agent observes (D = 6 N) its velocity and position; the landmarks and then the other agents, relative
     to itself; and the others' communication, always silent. Actions: 0 stay, 1 left, 2 right, 3 down, 4 up;
-    or, continuous, five thrusts in this order. The state (S = 6 N) is all positions, velocities, landmarks: no
-    agent sees the others' velocities. Source: mpe2 1.1.1, simple_spread.py and _mpe_utils/.
+    or, continuous, five thrusts in this order. The state (S = 6 N) is all positions, velocities and
+    landmarks: no agent sees the others' velocities. Source: mpe2 1.1.1, simple_spread.py and _mpe_utils/.
 
     Args:
         num_agents: N, of agents and of landmarks; at least 2.
