@@ -3,11 +3,12 @@
 Legend:  S states, N agents, A_i actions of agent i.
     pi       a product policy: list of N arrays (S, A_i) of log-probabilities, the learners
     mu       a joint policy: one array (S, A_1, ..., A_N) of log-probabilities, the guider
-    P, R     a Markov game: P (S, A_1, ..., A_N, S) transition probabilities, R (S, A_1, ..., A_N) team reward
-    obs      (S,) labels: learners share one table row among the states with equal labels (the guider sees the state)
+    P, R     a Markov game: transition probabilities (S, A_1, ..., A_N, S), team reward (S, A_1, ..., A_N)
+    obs      (S,) labels: learners cannot tell states with equal labels apart, and share a row among them;
+             the guider sees the state
 
-Policies are log-probabilities everywhere: with eta * Q near -10,000 a probability underflows to 0, and an action
-that is exactly 0 could never come back, although Eq. 2 would bring it back once its Q rises.
+Policies are log-probabilities everywhere: with eta * Q near -10,000 a probability underflows to 0. An action
+at exactly 0 could never come back, although Eq. 2 brings it back once its Q rises.
 """
 
 import numpy as np
@@ -19,18 +20,27 @@ def normalize(log_p):
 
 
 def joint(pi):
-    """pi(a|s) = prod_i pi^i(a^i|s): N x (S, A_i) -> (S, A_1, ..., A_N). Makes backtracking, mu := pi, always possible."""
-    N = len(pi)
-    return sum(np.expand_dims(pi_i, [1 + j for j in range(N) if j != i]) for i, pi_i in enumerate(pi))
+    """pi(a|s) = prod_i pi^i(a^i|s): N x (S, A_i) -> (S, A_1, ..., A_N).
+
+    So backtracking, mu := pi, is always possible: a product policy is a joint policy.
+    """
+    log_p = 0.0
+    for i, pi_i in enumerate(pi):
+        others = [1 + j for j in range(len(pi)) if j != i]
+        log_p = log_p + np.expand_dims(pi_i, others)
+    return log_p
 
 
 def expect_others(x, pi, i):
     """E_{a^-i ~ pi^-i(.|s)}[x(s, a)]: (S, A_1, ..., A_N) -> (S, A_i)."""
-    others = [part for j, pi_j in enumerate(pi) if j != i for part in (np.exp(pi_j), [0, j + 1])]
+    others = []
+    for j, pi_j in enumerate(pi):
+        if j != i:
+            others += [np.exp(pi_j), [0, j + 1]]
     return np.einsum(x, list(range(x.ndim)), *others, [0, i + 1])
 
 
-# --- the value of a policy, exactly: the theorem speaks of Q itself, not of an estimate -------------------------------
+# --- the value of a policy, exactly: the theorem speaks of Q itself, not of an estimate ---------------------
 
 
 def chain(mu, P):
@@ -56,20 +66,21 @@ def visitation(mu, P, gamma):
     return (1 - gamma) * np.linalg.solve(np.eye(S) - gamma * chain(mu, P).T, np.full(S, 1 / S))
 
 
-# --- the four steps ---------------------------------------------------------------------------------------------------
+# --- the four steps -----------------------------------------------------------------------------------------
 
 
 def guider_update(mu, q, eta):
-    """Eq. 2, argmax_mu' eta <q, mu'> - KL(mu' || mu), in closed form mu' ~ mu exp(eta q): (S, A_1, ..., A_N)."""
+    """Eq. 2, argmax_mu' eta <q, mu'> - KL(mu' || mu): mu' ~ mu exp(eta q), (S, A_1, ..., A_N)."""
     return normalize(mu + eta * q)
 
 
 def project_learner_first(pi, mu_hat, obs, weights, sweeps=1000, tolerance=1e-13):
-    """Learner update, argmin_pi sum_s weights(s) KL(pi(.|s) || mu_hat(.|s)), by block-coordinate descent from pi.
+    """Learner update, argmin_pi sum_s weights(s) KL(pi(.|s) || mu_hat(.|s)).
 
-    With the other agents fixed, agent i's exact minimiser is pi^i ~ exp(E_{pi^-i}[log mu_hat]), the mean being taken
-    also over the states it cannot tell apart. No step raises the KL, so Theorem 4.1 holds after any number of sweeps;
-    what it rests on is the start at pi_k. The first sweep is the sequential update of Corollary 4.2.
+    Block-coordinate descent from pi: with the other agents fixed, agent i's exact minimiser is
+    pi^i ~ exp(E_{pi^-i}[log mu_hat]), where the mean is also over the states that it cannot tell apart. No
+    step raises the KL. So Theorem 4.1 holds after any number of sweeps: what it rests on is the start at pi_k.
+    The first sweep is the sequential update of Corollary 4.2.
     """
     pi = list(pi)
     share = weights * (obs[:, None] == obs)  # (S, S)
@@ -78,33 +89,37 @@ def project_learner_first(pi, mu_hat, obs, weights, sweeps=1000, tolerance=1e-13
         before = list(pi)
         for i in range(len(pi)):
             pi[i] = normalize(share @ expect_others(mu_hat, pi, i))
-        if all(np.abs(np.exp(new) - np.exp(old)).max() < tolerance for new, old in zip(pi, before)):
+        change = max(np.abs(np.exp(new) - np.exp(old)).max() for new, old in zip(pi, before, strict=True))
+        if change < tolerance:
             break
     return pi
 
 
 def project_guider_first(mu_hat, obs, weights):
-    """argmin_pi sum_s weights(s) KL(mu_hat(.|s) || pi(.|s)), the official code's direction: the marginals of mu_hat."""
+    """The official code's direction: argmin_pi sum_s weights(s) KL(mu_hat(.|s) || pi(.|s)), the marginals."""
+    N = mu_hat.ndim - 1
     same = (obs[:, None] == obs)[:, :, None]  # (S, S, 1)
     pi = []
-    for i in range(mu_hat.ndim - 1):
-        marginal = np.logaddexp.reduce(mu_hat, axis=tuple(j + 1 for j in range(mu_hat.ndim - 1) if j != i))  # (S, A_i)
+    for i in range(N):
+        others = tuple(1 + j for j in range(N) if j != i)
+        marginal = np.logaddexp.reduce(mu_hat, axis=others)  # (S, A_i)
         weighted = marginal + np.log(weights)[:, None]
         pi.append(normalize(np.logaddexp.reduce(np.where(same, weighted, -np.inf), axis=1)))
     return pi
 
 
 def iterate(pi, P, R, gamma, eta, iterations, direction="learner_first", backtracking=True, obs=None):
-    """Yield (pi_k, V of pi_k (S,)) for k = 0..iterations. With obs, the first pi must have equal rows where obs is equal.
+    """Yield (pi_k, V of pi_k (S,)) for k = 0..iterations.
 
-    Without backtracking the guider goes on from mu_hat_k with its own Q, as in CTDS, and the learners follow as they can.
+    Without backtracking the guider goes on from mu_hat_k with its own Q, as in CTDS, and the learners follow
+    as they can. Where obs is equal, the rows of the first pi must be equal.
     """
     obs = np.arange(len(R)) if obs is None else obs
     mu = joint(pi)
     yield pi, exact_v(mu, P, R, gamma)
     for _ in range(iterations):
         mu_hat = guider_update(mu, exact_q(mu, P, R, gamma), eta)
-        weights = visitation(mu, P, gamma)  # the guider collects the data, so the KL is weighted by its visits
+        weights = visitation(mu, P, gamma)  # the guider collects the data: its visits weigh the KL
         if direction == "learner_first":
             pi = project_learner_first(pi, mu_hat, obs, weights)
         elif direction == "guider_first":
@@ -115,11 +130,11 @@ def iterate(pi, P, R, gamma, eta, iterations, direction="learner_first", backtra
         yield pi, exact_v(joint(pi), P, R, gamma)
 
 
-# --- games and starting points ----------------------------------------------------------------------------------------
+# --- games and starting points ------------------------------------------------------------------------------
 
 
 def copies(payoff, S=1):
-    """S copies of a single-state game that never meet, as P and R: with gamma = 0, S starts are solved at once."""
+    """S copies of a single-state game that never meet, as P and R: S starts at once, with gamma = 0."""
     payoff = np.asarray(payoff, dtype=float)
     P = np.broadcast_to(np.eye(S).reshape(S, *[1] * payoff.ndim, S), (S, *payoff.shape, S))
     return P, np.broadcast_to(payoff, (S, *payoff.shape))
@@ -138,33 +153,3 @@ def random_markov_game(rng, states, sizes):
 def random_policy(rng, states, sizes):
     """Every row uniform on the simplex: list of N arrays (S, A_i) of log-probabilities."""
     return [np.log(rng.dirichlet(np.ones(size), size=states)) for size in sizes]
-
-
-# --- the direction of the KL is the guarantee: the table and the curves in TUTORIAL.md --------------------------------
-
-
-def curves(payoff, eta, starts, iterations, rng):
-    """J of the learners per iteration, both directions from the same starts: dict of (iterations + 1, starts)."""
-    pi = random_policy(rng, starts, np.shape(payoff))
-    P, R = copies(payoff, starts)
-    return {
-        direction: np.array([v for _, v in iterate(pi, P, R, 0.0, eta, iterations, direction)])
-        for direction in ("guider_first", "learner_first")
-    }
-
-
-def kl_directions(games, etas, starts, iterations, rng):
-    """One row per game (name -> payoff), eta and direction: worst single-step change of J, share that ends at the optimum."""
-    rows = []
-    for name, payoff in games.items():
-        near_optimum = np.max(payoff) - 0.01 * np.ptp(payoff)
-        for eta in etas:
-            for direction, J in curves(payoff, eta, starts, iterations, rng).items():
-                rows.append({
-                    "game": name,
-                    "eta": eta,
-                    "direction": direction,
-                    "worst_change": np.diff(J, axis=0).min(),
-                    "share_at_optimum": np.mean(J[-1] > near_optimum),
-                })
-    return rows
