@@ -24,33 +24,17 @@ and, as in Eq. 10 and the official code, KL(mu || pi), although Theorem 4.1 need
 """
 
 import math
-import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 import torch.nn as nn
 from torch.distributions import Categorical, Distribution, Independent, Normal, kl_divergence
 
-from run import WORLD, Run, affordable, average_gradients, catch_signals, check_finite, check_types, gather, load_weights
-from run import make_envs, mean_metrics, one_sentence, parse, progress, read_checkpoint, run_options, seeded
+from options import apply_preset, command_line, make_envs
+from run import Checkpoint, Run, affordable, average_gradients, gather, progress, seeded
 
 Distribution.set_default_validate_args(False)  # the checks would make a GPU wait at every call
-
-DEFAULTS = dict(
-    total_timesteps=1_000_000, num_envs=128, num_steps=25, learning_rate=3e-3, gamma=0.95, num_minibatches=16,
-    update_epochs=3, ent_coef=0.01, max_grad_norm=1.0, delta=2.0, lam=1.0, learner_dim=128, eval_every=10,
-    eval_episodes=1024,
-)  # fmt: skip
-PRESETS = {  # by the environment's family, the first word of its name
-    "mpe": dict(total_timesteps=2_048_000, num_envs=256, update_epochs=2, learning_rate=4.5e-3, delta=1.3, lam=3.0),
-    "coordsum": dict(total_timesteps=320_000, learning_rate=2e-3, gamma=0.0, delta=1.3, lam=2.0),
-    "matrix": dict(total_timesteps=40_960, num_steps=8, num_minibatches=2, update_epochs=4, learning_rate=4e-3,
-                   gamma=0.0, max_grad_norm=0.5, delta=1.3, learner_dim=64),
-    "pettingzoo": dict(num_envs=32, num_minibatches=4, learning_rate=1e-3, eval_every=25, eval_episodes=256),
-    "gym": dict(num_envs=32, num_steps=50, num_minibatches=8, learning_rate=1e-3, ent_coef=0.05, gamma=0.99,
-                eval_episodes=256, delta=1.3, lam=3.0),
-}  # fmt: skip
 
 
 @dataclass(kw_only=True)
@@ -87,9 +71,8 @@ class Args:
     lam: float | None = None  # lambda of Eq. 10: weight of the learners' own RL loss
     backtracking: Literal["soft", "reset"] = "soft"  # step 4: Eq. 9's bound, or mu := pi with delta inf and lam 0
     recurrent: bool = False  # give guider and learners a memory, a GRU over time
-    guider_dim: int = 32  # width of the guider's attention
-    guider_hidden_dim: int = 128  # width of the guider's layers in front of it
-    learner_dim: int | None = None  # width of the learners
+    embed_dim: int = 32  # width of the guider's and the critic's attention
+    hidden_dim: int | None = None  # width of the layers on an observation, of learners, guider and critic
 
     # Run
     seed: int = 1  # seed of everything random, environments included
@@ -105,11 +88,7 @@ class Args:
     eval: str = ""  # run folder to evaluate instead of training; --env may name another environment
 
     def __post_init__(self):
-        check_types(self)
-        self.given = {f.name for f in fields(self) if getattr(self, f.name) != f.default}
-        for name, value in (DEFAULTS | PRESETS.get(self.env.replace(":", "_").split("_")[0], {})).items():
-            if getattr(self, name) is None:
-                setattr(self, name, value)
+        apply_preset(self)
         if self.algo == "ctds" or self.backtracking == "reset":
             self.delta = math.inf
         if self.algo != "magpo" or self.backtracking == "reset":
@@ -153,41 +132,42 @@ class ObsEncoder(nn.Module):
     """Features (..., N, C) of each agent's own observation (..., N, D) and id; with memory, of its past, too.
 
     Three tanh layers. Row i of agent_id does what a one-hot id appended to the observation would do.
-    role: "guider" or "learner", whose hidden state in `memory` this is.
     """
 
-    def __init__(self, role, num_agents, obs_dim, hidden_dim, dim, recurrent=False):
+    def __init__(self, num_agents, obs_dim, dim, recurrent=False, slot=0):
         super().__init__()
-        self.role = role
-        self.agent_id = nn.Parameter(0.2 * torch.randn(num_agents, hidden_dim))
-        self.obs_in = linear(obs_dim, hidden_dim, 3.0)
-        self.hidden = linear(hidden_dim, hidden_dim, 5 / 3)
-        self.out = linear(hidden_dim, dim, 5 / 3)
+        self.slot = slot  # whose part of the memory is read: 0 learner, 1 guider
+        self.agent_id = nn.Parameter(0.2 * torch.randn(num_agents, dim))
+        self.obs_in = linear(obs_dim, dim, 3.0)
+        self.hidden = linear(dim, dim, 5 / 3)
+        self.out = linear(dim, dim, 5 / 3)
         self.gru = nn.GRUCell(dim, dim) if recurrent else None
 
     def forward(self, obs, memory=None):
-        """obs (..., N, D), memory before it -> features (..., N, C). With memory these are the GRU's state after it."""
+        """obs (..., N, D), memory before it -> features (..., N, C); with memory they are the GRU's state after it."""
         x = torch.tanh(self.obs_in(obs) + self.agent_id)
         x = torch.tanh(self.hidden(x))
         x = torch.tanh(self.out(x))
         if self.gru is None:
             return x
-        hidden, starts, states = memory[self.role], memory["starts"], []
-        sequence = zip(x.view(-1, *hidden.shape), starts.view(-1, *hidden.shape[:-2]), strict=True)
-        for x_t, start in sequence:  # (B, N, C), (B)
-            hidden = hidden * ~start[..., None, None]
+        hidden, starts = memory[0][..., self.slot, :], memory[1]
+        states = []
+        for x_t, start in zip(x.view(-1, *hidden.shape), starts.view(-1, *hidden.shape[:-2]), strict=True):
+            hidden = hidden * ~start[..., None, None]  # (E, N, C)
             hidden = self.gru(x_t.flatten(0, -2), hidden.flatten(0, -2)).view_as(hidden)
             states.append(hidden)
         return torch.stack(states).view_as(x)
 
 
 class Block(nn.Module):
-    """Transformer block over the agents, with one head."""
+    """Transformer block over the agents: one head, LayerNorm before attention and MLP."""
 
     def __init__(self, dim):
         super().__init__()
+        self.norm_1 = nn.LayerNorm(dim)
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
+        self.norm_2 = nn.LayerNorm(dim)
         self.mlp = nn.Sequential(linear(dim, 2 * dim, 5 / 3), nn.Tanh(), nn.Linear(2 * dim, dim))
 
     def forward(self, x, causal=False, past=None):
@@ -196,7 +176,7 @@ class Block(nn.Module):
         causal: agent j attends to agents 1..j only.
         past: keys and values of the agents before x, which is then the next agent alone.
         """
-        q, k, v = self.qkv(x).chunk(3, -1)  # each (..., N, C)
+        q, k, v = self.qkv(self.norm_1(x)).chunk(3, -1)  # each (..., N, C)
         if past is not None:
             k = torch.cat([past[0], k], -2)  # (..., agents so far, C)
             v = torch.cat([past[1], v], -2)
@@ -205,74 +185,71 @@ class Block(nn.Module):
             later = torch.ones_like(scores, dtype=torch.bool).triu(1)
             scores = scores.masked_fill(later, -math.inf)
         x = x + self.proj(scores.softmax(-1) @ v)
-        x = x + self.mlp(x)
+        x = x + self.mlp(self.norm_2(x))
         return x, (k, v)
 
 
 class Guider(nn.Module):
-    """Autoregressive joint policy mu(a|s) = prod_j mu(a^j | s, a^1..a^{j-1}), and one value per agent.
+    """Autoregressive joint policy mu(a|s) = prod_j mu(a^j | s, a^1..a^{j-1}), and one value per agent, the critic's.
 
-    The encoder attends over all agents' features, the causal decoder over the actions chosen so far.
+    The logits of agent j are a sum: what its own observation says, as in a learner, and a correction by attention. The
+    encoder attends to all agents' observations, the causal decoder to the actions chosen so far.
     Optional inputs, the same everywhere:
         action_mask: (..., N, A) bool, the allowed actions.
         state: (..., S), global state that no learner sees.
         memory: needed if recurrent; see new_memory().
-    base: a Learner whose logits the guider only corrects; see backtrack().
     """
 
     def __init__(
-        self, num_agents, obs_dim, action_dim, continuous=False, dim=32, hidden_dim=128, recurrent=False,
-        state_dim=0, base=None,
-    ):  # fmt: skip
+        self, num_agents, obs_dim, action_dim, continuous=False, dim=32, hidden_dim=128, recurrent=False, state_dim=0
+    ):
         super().__init__()
         self.continuous = continuous
-        self.obs_encoder = ObsEncoder("guider", num_agents, obs_dim, hidden_dim, dim, recurrent)
+        num_logits = action_dim * (1 + continuous)
+        self.obs_encoder = ObsEncoder(num_agents, obs_dim, hidden_dim, recurrent, slot=1)
+        self.own_head = linear(hidden_dim, num_logits, 0.1)
+        self.token = nn.Linear(hidden_dim, dim)
         self.state_in = nn.Linear(state_dim, dim) if state_dim else None
         self.encoder = Block(dim)
-        self.decoder = Block(dim)
         self.value_head = nn.Linear(dim, 1)
-        self.action_in = nn.Linear(action_dim, dim) if continuous else nn.Embedding(action_dim, dim)
         self.start = nn.Parameter(0.02 * torch.randn(1, dim))  # stands for "no action yet"
-        self.policy_head = linear(dim, action_dim * (1 + continuous), 0.1)
-        self.base = base
+        self.action_in = nn.Linear(action_dim, dim) if continuous else nn.Embedding(action_dim, dim)
+        nn.init.normal_(self.action_in.weight, std=0.1)  # louder actions would drown what an agent sees
+        self.decoder = Block(dim)
+        self.correction_head = linear(dim, num_logits, 0.1)
 
     def encode(self, obs, state=None, memory=None):
-        """obs (..., N, D) -> encoded (..., N, C), values (..., N)."""
-        x = self.obs_encoder(obs, memory)
+        """obs (..., N, D) -> own logits (..., N, A), encoded (..., N, C), values (..., N) in units of ValueNorm."""
+        features = self.obs_encoder(obs, memory)
+        tokens = self.token(features)
         if self.state_in is not None:
-            x = x + self.state_in(state).unsqueeze(-2)
-        encoded, _ = self.encoder(x)
-        return encoded, self.value_head(encoded).squeeze(-1)
+            tokens = tokens + self.state_in(state).unsqueeze(-2)
+        encoded, _ = self.encoder(tokens)
+        return self.own_head(features), encoded, self.value_head(encoded).squeeze(-1)
 
     def forward(self, obs, actions, action_mask=None, state=None, memory=None):
         """obs (..., N, D), actions (..., N[, A]) -> mu at every agent given the actions before, values (..., N)."""
-        encoded, values = self.encode(obs, state, memory)
+        own_logits, encoded, values = self.encode(obs, state, memory)
         before = self.action_in(actions)[..., :-1, :]  # (..., N - 1, C)
         start = self.start.expand(*before.shape[:-2], 1, -1)
-        before = torch.cat([start, before], -2)  # (..., N, C): agent j gets the action of j - 1, and attends to 1..j
+        before = torch.cat([start, before], -2)  # (..., N, C): token j has the action of j - 1, and attends to 1..j
         decoded, _ = self.decoder(encoded + before, causal=True)
-        logits = self.policy_head(decoded)
-        if self.base is not None:
-            logits = logits + self.base.logits(obs, memory)
+        logits = own_logits + self.correction_head(decoded)
         return distribution(logits, self.continuous, action_mask), values
 
     @torch.no_grad()
     def act(self, obs, action_mask=None, state=None, memory=None):
         """obs (..., N, D) -> actions (..., N[, A]), logprobs (..., N), values (..., N). Samples agent by agent."""
-        encoded, values = self.encode(obs, state, memory)
-        base = None if self.base is None else self.base.logits(obs, memory)
+        own_logits, encoded, values = self.encode(obs, state, memory)
         before, past, actions, logprobs = self.start, None, [], []
         for j in range(obs.shape[-2]):
             decoded, past = self.decoder(encoded[..., j : j + 1, :] + before, past=past)
-            logits = self.policy_head(decoded)  # (..., 1, A)
-            if base is not None:
-                logits = logits + base[..., j : j + 1, :]
+            logits = own_logits[..., j : j + 1, :] + self.correction_head(decoded)  # (..., 1, A)
             mask = None if action_mask is None else action_mask[..., j : j + 1, :]
             mu_j = distribution(logits, self.continuous, mask)
-            action = sample(mu_j)  # (..., 1[, A])
-            actions.append(action)
-            logprobs.append(mu_j.log_prob(action))
-            before = self.action_in(action)
+            actions.append(sample(mu_j))  # (..., 1[, A])
+            logprobs.append(mu_j.log_prob(actions[-1]))
+            before = self.action_in(actions[-1])
         return torch.cat(actions, obs.dim() - 2), torch.cat(logprobs, -1), values
 
 
@@ -282,37 +259,31 @@ class Learner(nn.Module):
     def __init__(self, num_agents, obs_dim, action_dim, continuous=False, dim=128, recurrent=False):
         super().__init__()
         self.continuous = continuous
-        self.obs_encoder = ObsEncoder("learner", num_agents, obs_dim, dim, dim, recurrent)
+        self.obs_encoder = ObsEncoder(num_agents, obs_dim, dim, recurrent, slot=0)
         self.policy_head = linear(dim, action_dim * (1 + continuous), 0.1)
-
-    def logits(self, obs, memory=None):
-        """obs (..., N, D) -> logits (..., N, A), or a Gaussian's parameters (..., N, 2 A)."""
-        return self.policy_head(self.obs_encoder(obs, memory))
 
     def forward(self, obs, action_mask=None, memory=None):
         """obs (..., N, D) -> pi of every agent, over its allowed actions. Inputs as the guider's."""
-        return distribution(self.logits(obs, memory), self.continuous, action_mask)
+        logits = self.policy_head(self.obs_encoder(obs, memory))
+        return distribution(logits, self.continuous, action_mask)
 
 
-def new_memory(args, envs, device):
-    """What guider and learners remember, at the start of an episode in all copies: a dict, passed to both.
+def new_memory(args, envs):
+    """What is remembered when an episode starts in all copies: hidden, starts. Every network takes both, as `memory`.
 
-    guider, learner: (E, N, C), hidden state of the GRU before an observation; of width 0 if not recurrent.
-    starts: (E,) bool, or (T, E) for sequences, where an observation begins an episode, with a hidden state of zero.
+    hidden: (E, N, 2, C), state of the GRUs of learner and guider before an observation; C is 0 without memory.
+    starts: (E,) bool, or (T, E) for sequences: where an observation begins an episode, with a hidden state of zero.
     """
     E, N, _ = envs.observation_space.shape
-    widths = dict(guider=args.guider_dim, learner=args.learner_dim) if args.recurrent else dict(guider=0, learner=0)
-    memory = {role: torch.zeros(E, N, width, device=device) for role, width in widths.items()}
-    return memory | dict(starts=torch.ones(E, dtype=torch.bool, device=device))
+    hidden = torch.zeros(E, N, 2, args.hidden_dim * args.recurrent, device=envs.device)
+    return hidden, torch.ones(E, dtype=torch.bool, device=envs.device)
 
 
-def remember(guider, learner, obs, memory, over):
-    """Memory before obs -> memory after it, as a new dict. over: (E,) bool, whether an episode ends with this step."""
-    after = dict(starts=over)
-    for role, network in (("guider", guider), ("learner", learner)):
-        recurrent = network.obs_encoder.gru is not None
-        after[role] = network.obs_encoder(obs, memory) if recurrent else memory[role]
-    return after
+def remember(guider, learner, obs, memory):
+    """Hidden state (E, N, 2, C) after obs (E, N, D)."""
+    if learner.obs_encoder.gru is None:
+        return memory[0]
+    return torch.stack([network.obs_encoder(obs, memory) for network in (learner, guider)], -2)
 
 
 class ValueNorm(nn.Module):
@@ -321,19 +292,18 @@ class ValueNorm(nn.Module):
     def __init__(self, decay=0.99):
         super().__init__()
         self.decay = decay
-        # Running averages of 1, x and x^2. The first undoes the start at zero. float32 would lose the deviation
-        # of returns such as 20,000 +- 1
+        # Averages of 1 (it undoes the start at zero), x and x^2; float32 would lose the deviation of 20,000 +- 1
         self.register_buffer("moments", torch.zeros(3, dtype=torch.float64))
 
     def update(self, returns):
-        x = returns.double()
-        new = torch.stack([torch.ones_like(x).mean(), x.mean(), x.square().mean()])
+        new = torch.stack([(returns.double() ** power).mean() for power in (0, 1, 2)])
         self.moments.lerp_(new, 1 - self.decay)
 
     def stats(self):
-        """Mean and deviation; 0 and 0.001 before the first update."""
+        """Mean and deviation, both about 0 before the first update. No unit is special: 1e-6 as good as 1e6."""
         mean, square = self.moments[1:] / self.moments[0].clamp(min=1e-8)
-        return mean, (square - mean.square()).clamp(min=1e-6).sqrt()
+        variance = square - mean.square()
+        return mean, torch.maximum(variance, 1e-12 * square + 1e-30).sqrt()
 
 
 # --- The equations ------------------------------------------------------------------------------------------------
@@ -406,10 +376,11 @@ def learner_loss(log_pi, log_mu_old, advantages, kl, clip_coef, lam):
 
 
 def backtrack(guider, learner):
-    """Step 4 to the letter, mu := pi: the guider becomes the learners of now, plus a correction of zero."""
-    guider.base.load_state_dict(learner.state_dict())
-    nn.init.zeros_(guider.policy_head.weight)
-    nn.init.zeros_(guider.policy_head.bias)
+    """Step 4 to the letter, mu := pi: what the guider's own observations say becomes pi, the correction zero."""
+    guider.obs_encoder.load_state_dict(learner.obs_encoder.state_dict())
+    guider.own_head.load_state_dict(learner.policy_head.state_dict())
+    nn.init.zeros_(guider.correction_head.weight)
+    nn.init.zeros_(guider.correction_head.bias)
 
 
 # --- Training -----------------------------------------------------------------------------------------------------
@@ -420,12 +391,11 @@ def build(args, envs):
     num_agents, obs_dim = envs.single_observation_space.shape
     space = envs.single_action_space
     continuous = len(space.shape) == 2
-    sizes = num_agents, obs_dim, space.shape[1] if continuous else int(space.nvec[0]), continuous
+    action_dim = space.shape[1] if continuous else int(space.nvec[0])
+    sizes = num_agents, obs_dim, action_dim, continuous
     state_dim = envs.state_dim if args.state else 0
-    base = Learner(*sizes, args.learner_dim, args.recurrent) if args.backtracking == "reset" else None
-    guider = Guider(*sizes, args.guider_dim, args.guider_hidden_dim, args.recurrent, state_dim, base)
-    learner = Learner(*sizes, args.learner_dim, args.recurrent)
-    return guider, learner
+    guider = Guider(*sizes, args.embed_dim, args.hidden_dim, args.recurrent, state_dim)
+    return guider, Learner(*sizes, args.hidden_dim, args.recurrent)
 
 
 def train(args, stop=()):
@@ -435,20 +405,19 @@ def train(args, stop=()):
     Raises ValueError (options), FloatingPointError (a number that is not finite), EnvFailure (the environment raised
     or broke its contract) and OSError (a file cannot be written).
     """
-    run = Run(args)  # folder, checkpoints, processes, device and seed: run.py
+    run = Run(args)  # its folder, checkpoints, processes, device and seed: see run.py
     args, device = run.args, run.device
-    envs = make_envs(args, args.num_envs // WORLD, device)
+    envs = make_envs(args, run.num_envs, device)
     guider, learner = run.place(*build(args, envs))
-    if args.backtracking == "reset":
-        backtrack(guider, learner)  # the first rollout, too, is pi's
     parameters = [*guider.parameters(), *learner.parameters()]
     optimizer = torch.optim.Adam(parameters, args.learning_rate, eps=1e-5, fused=True)
     value_norm = ValueNorm().to(device)
-    parts = dict(guider=guider, learner=learner, optimizer=optimizer, value_norm=value_norm)
-    saved = run.restore(parts)  # where the episodes of a resumed run stood
+    if args.backtracking == "reset":
+        backtrack(guider, learner)  # the first rollout, too, is pi's
+    saved = run.restore(guider=guider, learner=learner, optimizer=optimizer, value_norm=value_norm)
     obs, infos = envs.reset(seed=run.seed, options=saved.get("envs"))
-    memory = saved.get("memory") or new_memory(args, envs, device)
-    episode_return = saved.get("episode_return", torch.zeros(envs.num_envs, device=device))
+    hidden, starts = saved.get("memory") or new_memory(args, envs)
+    episode_return = saved.get("episode_return", torch.zeros(run.num_envs, device=device))
 
     for iteration in run.iterations(envs, stop):
         remaining = 1 - (iteration - 1) / run.num_iterations if args.anneal_lr else 1.0
@@ -458,43 +427,47 @@ def train(args, stop=()):
         steps = []
         with torch.no_grad():
             for _ in range(args.num_steps):
-                mask, state = infos.get("action_mask"), infos.get("state")
+                mask, state, memory = infos.get("action_mask"), infos.get("state"), (hidden, starts)
                 if args.algo == "mappo":
                     pi = learner(obs, mask, memory)
                     actions = sample(pi)
                     logprobs = pi.log_prob(actions)
-                    _, values = guider.encode(obs, state, memory)
+                    _, _, values = guider.encode(obs, state, memory)
                 else:
                     actions, logprobs, values = guider.act(obs, mask, state, memory)
-                step = dict(obs=obs, action_mask=mask, state=state, **memory)
+                step = dict(obs=obs, action_mask=mask, state=state, hidden=hidden, starts=starts)
                 step |= dict(actions=actions, logprobs=logprobs, values=values)
 
-                next_obs, rewards, terminations, truncations, infos = envs.step(actions)
-                over = terminations | truncations
-                memory = remember(guider, learner, obs, memory, over)
-                obs, episode_return = next_obs, episode_return + rewards
+                hidden = remember(guider, learner, obs, memory)
+                obs, rewards, terminations, truncations, infos = envs.step(actions)
+                starts = terminations | truncations
+                episode_return = episode_return + rewards
                 step |= dict(rewards=rewards, terminations=terminations, truncations=truncations)
-                step |= dict(final_obs=infos["final_obs"], final_state=infos.get("final_state"))
-                step |= dict(final_memory=memory["guider"], episode_return=episode_return)
-                steps.append(step)
-                episode_return = episode_return * ~over
+                step |= dict(final_obs=infos["final_obs"], final_state=infos.get("final_state"), final_hidden=hidden)
+                steps.append(step | dict(episode_return=episode_return))
+                episode_return = episode_return * ~starts
             names = [name for name in steps[0] if steps[0][name] is not None]
             buffer = {name: torch.stack([step[name] for step in steps]) for name in names}  # each (T, E, ...)
 
             mean, std = value_norm.stats()
             values = buffer["values"] * std + mean  # (T, E, N)
-            rewards, *ends = (buffer[name].unsqueeze(-1) for name in ("rewards", "terminations", "truncations"))  # (T, E, 1)
-            final_memory = dict(guider=buffer["final_memory"], starts=torch.zeros_like(buffer["starts"]))
-            _, next_values = guider.encode(buffer["final_obs"], buffer.get("final_state"), final_memory)
+            goes_on = buffer["final_hidden"], torch.zeros_like(buffer["starts"])
+            _, _, next_values = guider.encode(buffer["final_obs"], buffer.get("final_state"), goes_on)
             next_values = next_values * std + mean
-            advantages, returns = compute_gae(rewards, values, next_values, *ends, args.gamma, args.gae_lambda)
-            all_advantages, all_returns = gather(advantages), gather(returns)  # of all processes
-            explained_variance = 1 - gather(returns - values).var() / all_returns.var().clamp(min=1e-8)
-            value_norm.update(all_returns)
+            rewards, terminations, truncations = (
+                buffer[name].unsqueeze(-1) for name in ("rewards", "terminations", "truncations")
+            )  # each (T, E, 1)
+            advantages, returns = compute_gae(
+                rewards, values, next_values, terminations, truncations, args.gamma, args.gae_lambda
+            )
+            value_norm.update(gather(returns))
             mean, std = value_norm.stats()
             buffer["returns"] = (returns - mean) / std
-            buffer["advantages"] = (advantages - all_advantages.mean()) / (all_advantages.std() + 1e-8)
-            check_finite(iteration, args.env, buffer)
+            advantages = advantages / std
+            center, spread = gather(advantages).mean(), gather(advantages).std(correction=0)
+            buffer["advantages"] = (advantages - center) / (spread + 1e-8)
+            unexplained = gather(returns - values).var(correction=0) / gather(returns).var(correction=0).clamp(min=1e-30)
+            run.check_finite(iteration, buffer)
 
         # Minibatches are parts of axis 1: with memory whole sequences, (T, E, ...), else single steps, (1, T E, ...)
         batch = {name: x for name, x in buffer.items() if not name.startswith("final_")}
@@ -504,15 +477,15 @@ def train(args, stop=()):
         for _ in range(args.update_epochs):
             for index in torch.randperm(batch["obs"].shape[1], device=device).chunk(args.num_minibatches):
                 b = {name: x[:, index] for name, x in batch.items()}
-                mask, state = b.get("action_mask"), b.get("state")
-                past = dict(guider=b["guider"][0], learner=b["learner"][0], starts=b["starts"])
+                mask, state, memory = b.get("action_mask"), b.get("state"), (b["hidden"][0], b["starts"])
 
                 # Both losses are computed at the same parameters, then both networks take their step
-                pi = learner(b["obs"], mask, past)
+                pi = learner(b["obs"], mask, memory)
                 if args.algo == "mappo":  # mu = pi: inner clip, mask and KL vanish, and Eq. 9 is PPO
-                    mu, (_, new_values) = pi, guider.encode(b["obs"], state, past)
+                    mu = pi
+                    _, _, new_values = guider.encode(b["obs"], state, memory)
                 else:
-                    mu, new_values = guider(b["obs"], b["actions"], mask, state, past)
+                    mu, new_values = guider(b["obs"], b["actions"], mask, state, memory)
                 log_mu, log_pi = mu.log_prob(b["actions"]), pi.log_prob(b["actions"])  # (., batch, N)
 
                 # Step 2, guider update (Eq. 9): pi is a constant
@@ -541,18 +514,19 @@ def train(args, stop=()):
         # Step 4, guider backtracking: mu := pi. If soft, nothing is left to do, as Eq. 9 kept mu near pi
         if args.backtracking == "reset":
             backtrack(guider, learner)
+            hidden = hidden[:, :, [0, 0]]  # the memory, too
 
-        ended = gather(buffer["terminations"] | buffer["truncations"])
-        row = dict(guider_return=gather(buffer["episode_return"])[ended].mean().item(), learner_return=math.nan)
-        row |= mean_metrics(iteration, metrics) | dict(explained_variance=explained_variance.item())
-        if run.leads and (iteration % args.eval_every == 0 or iteration in (1, run.num_iterations)):
+        over = gather(buffer["terminations"] | buffer["truncations"])
+        row = dict(guider_return=gather(buffer["episode_return"])[over].mean().item(), learner_return=math.nan)
+        row |= run.mean(iteration, metrics) | dict(explained_variance=1 - unexplained.item())
+        if run.evaluates(iteration):
             episodes = affordable(args.num_envs, args.eval_every * args.num_envs * args.num_steps, envs)
-            returns = evaluate(args, guider, learner, "learner", episodes, args.seed + 1, stop)
-            row["learner_return"] = returns.mean().item()  # nan if no episode ended
+            row["learner_return"] = evaluate(args, guider, learner, "learner", episodes, args.seed + 1, stop).mean().item()
         run.log(iteration, row)
-        if iteration % args.save_every == 0 or iteration == run.num_iterations or stop:
-            run.save(parts, envs, memory=memory, episode_return=episode_return)
+        if iteration % args.save_every == 0:
+            run.save(envs, memory=(hidden, starts), episode_return=episode_return)
 
+    run.save(envs, memory=(hidden, starts), episode_return=episode_return)
     envs.close()
     if run.leads and not stop:
         print_table(args, guider, learner, stop)
@@ -578,7 +552,7 @@ def evaluate(args, guider, learner, policy, episodes, seed, stop=()):
     copy = torch.arange(copies, device=device)
     played = torch.zeros(copies, dtype=torch.long, device=device)
     returns = torch.zeros(rounds + 1, copies, device=device)  # the last row takes what comes after all rounds
-    memory = new_memory(args, envs, device)
+    memory = new_memory(args, envs)
     with seeded(seed, device):
         obs, infos = envs.reset(seed=seed)
         for _ in progress(rounds * envs.max_episode_steps, policy, stop):
@@ -588,10 +562,10 @@ def evaluate(args, guider, learner, policy, episodes, seed, stop=()):
             else:
                 pi = learner(obs, mask, memory)
                 actions = sample(pi) if policy == "learner" else pi.mode
-            next_obs, rewards, terminations, truncations, infos = envs.step(actions)
+            hidden = remember(guider, learner, obs, memory)
+            obs, rewards, terminations, truncations, infos = envs.step(actions)
             over = terminations | truncations
-            memory = remember(guider, learner, obs, memory, over)
-            obs = next_obs
+            memory = hidden, over
             returns[played, copy] += rewards
             played = (played + over).clamp(max=rounds)
             if (played == rounds).all():
@@ -619,29 +593,17 @@ def print_table(args, guider, learner, stop=()):
 def load(path, **changes):
     """Read a run's folder or checkpoint -> Args, Guider, Learner, on the CPU.
 
-    changes: options that replace the run's. The name of a pettingzoo: or gym: environment must be given, as env, since
-    it is imported. Raises ValueError if the checkpoint cannot be read or does not fit.
+    changes: options that replace the run's. The name of a pettingzoo: or gym: environment must be among them, as env,
+    since it is imported. Raises ValueError if the checkpoint cannot be read or does not fit.
     """
-    saved = read_checkpoint(path)
-    args = Args(**run_options(saved, changes))
+    checkpoint = Checkpoint(path)
+    args = Args(**checkpoint.options(**changes))
     envs = make_envs(args, 1)
     guider, learner = build(args, envs)
     envs.close()
-    load_weights(saved, guider=guider, learner=learner)
+    checkpoint.load_into(guider=guider, learner=learner)
     return args, guider, learner
 
 
-def main():
-    """The command line: options as in Args. What is wrong ends in one sentence and exit code 2."""
-    given = parse(Args)
-    stop = catch_signals()
-    with one_sentence():
-        if "eval" in given:
-            print_table(*load(given.pop("eval"), **given), stop)
-        else:
-            train(Args(**given), stop)
-    sys.exit(128 + stop[0] if stop else 0)
-
-
 if __name__ == "__main__":
-    main()
+    command_line(Args, train, load, print_table)

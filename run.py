@@ -1,26 +1,20 @@
-"""What surrounds a run: its command line, folder, metrics, checkpoints, signals and processes.
+"""What surrounds a run: random numbers, processes, and its folder with metrics and checkpoints.
 
 magpo.py's reader need not open it. Of torchrun's processes, rank 0 alone writes and prints.
 """
 
-import argparse
 import atexit
 import contextlib
 import csv
 import fcntl
-import inspect
 import io
 import json
 import math
 import os
 import random
-import re
-import signal
 import sys
 import textwrap
 import time
-import traceback
-import typing
 from dataclasses import asdict
 from pathlib import Path
 
@@ -31,127 +25,13 @@ import torch.distributed.nn  # its default arguments, read before there is a pro
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from envs import EnvFailure, make
+from options import WORLD, validate
 
+RANK = int(os.environ.get("RANK", 0))  # torchrun's number of this process
 VERSION = 2  # of checkpoints
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
-
-# --- Options ------------------------------------------------------------------------------------------------------
 
 
-def whole(text):
-    """A whole number, also one that is written as 1e6."""
-    if float(text) % 1:
-        raise ValueError
-    return int(float(text))
-
-
-def parse(options):
-    """sys.argv -> dict of those options of the dataclass magpo.Args that were given. Its comments are the help."""
-    parser = argparse.ArgumentParser("magpo.py", description=options.__doc__, argument_default=argparse.SUPPRESS)
-    parser.allow_abbrev = False
-    parser.error = refuse
-    hints = typing.get_type_hints(options)
-    for line in inspect.getsource(options).splitlines():
-        if title := re.fullmatch(r"    # (.+)", line):
-            group = parser.add_argument_group(title[1])
-        elif option := re.fullmatch(r"    (\w+): .+ = (.+?)  # (.+)", line):
-            name, default, text = option.groups()
-            flag, text = "--" + name.replace("_", "-"), text + ("" if default == "None" else f" [{default}]")
-            hint = hints[name]
-            kind = next(iter(typing.get_args(hint)), hint)
-            if kind is bool:
-                group.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
-            elif isinstance(kind, str):
-                group.add_argument(flag, choices=typing.get_args(hint), help=text)
-            else:
-                group.add_argument(flag, type=whole if kind is int else kind, metavar=kind.__name__, help=text)
-    try:
-        given = vars(parser.parse_args())
-        sys.stdout.flush()
-    except BrokenPipeError:  # --help | head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        sys.exit(0)
-    for name, others in (("resume", {"env", "env_kwargs"}), ("eval", EVAL_OPTIONS)):
-        if name in given and not given[name]:
-            refuse(f"--{name} needs the folder of a run.")
-        if name in given and (more := given.keys() - others - {name}):
-            refuse(f"--{name} goes on by the run's own options: leave out {', '.join(sorted(more))}.")
-    return given
-
-
-EVAL_OPTIONS = {"env", "env_kwargs", "seed", "num_envs", "num_workers", "eval_episodes", "torch_threads"}
-
-
-def refuse(message):
-    """End with one sentence and exit code 2."""
-    print(f"magpo.py: {message}", file=sys.stderr)
-    sys.exit(2)
-
-
-@contextlib.contextmanager
-def one_sentence():
-    """Wrong input ends in one sentence and exit code 2; what goes wrong while training in one and exit code 1."""
-    try:
-        yield
-    except ValueError as error:
-        refuse(error)
-    except (EnvFailure, FloatingPointError, OSError) as error:
-        print(f"magpo.py: {error}; {Run.kept}", file=sys.stderr)
-        if error.__cause__:  # the environment's own exception
-            traceback.print_exception(error.__cause__)
-        sys.exit(1)
-
-
-def check_types(args):
-    """Raise ValueError for an option (of a dataclass) that is not of its field's type; nothing is converted."""
-    for name, hint in typing.get_type_hints(type(args)).items():
-        allowed, value = typing.get_args(hint) or (hint,), getattr(args, name)
-        if typing.get_origin(hint) is typing.Literal:
-            if value not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, but is {value!r}.")
-        elif type(value) not in allowed and not (type(value) is int and float in allowed):
-            raise ValueError(f"{name} must be of type {allowed[0].__name__}, but is {value!r}.")
-
-
-def validate(args):
-    """Raise ValueError, in one sentence, for options (magpo.Args) that cannot work."""
-    may_be_zero = {"seed", "gamma", "gae_lambda", "ent_coef", "vf_coef", "lam", "num_workers"}
-    for name, value in vars(args).items():
-        if type(value) in (int, float):
-            if math.isnan(value) or value == math.inf and name != "delta":
-                raise ValueError(f"{name} must be a finite number, but is {value}.")
-            if value < 0 or value == 0 and name not in may_be_zero:
-                raise ValueError(f"{name} must {'not be negative' if name in may_be_zero else 'be above 0'}: {value}.")
-    units = args.num_envs // WORLD * (1 if args.recurrent else args.num_steps)
-    for good, message in (
-        (max(args.gamma, args.gae_lambda) <= 1, "gamma and gae_lambda must lie in [0, 1]."),
-        (args.delta > 1, f"delta must be above 1 (the guider's distance from the learners), but is {args.delta}."),
-        (units % args.num_minibatches == 0, "num_minibatches must divide num_envs x num_steps, or num_envs if recurrent."),
-        (args.seed < 2**32, f"seed must lie in [0, 2**32), but is {args.seed}."),
-        (args.algo != "mappo" or args.backtracking == "soft", "mappo has no guider policy, so it knows no reset."),
-        (args.num_envs % WORLD == 0, f"num_envs must be a multiple of torchrun's processes, {WORLD}."),
-        (args.total_timesteps >= args.num_envs * args.num_steps, "total_timesteps is below one rollout, num_envs x num_steps."),
-        (args.torch_threads <= os.cpu_count(), f"torch_threads is {args.torch_threads}; there are {os.cpu_count()} cores."),
-        (args.num_workers in (0, args.num_envs), "num_workers must be 0 or num_envs: one process per copy."),
-    ):
-        if not good:
-            raise ValueError(message)
-    make_envs(args, 1).close()
-
-
-def make_envs(args, num_envs, device="cpu"):
-    """E copies of the environment that magpo.Args name -> gymnasium.vector.VectorEnv; ValueError if that cannot be."""
-    try:
-        kwargs = dict(**json.loads(args.env_kwargs))
-    except (ValueError, TypeError):
-        raise ValueError(f"env_kwargs must be a JSON object such as '{{\"N\": 5}}', not {args.env_kwargs!r}.") from None
-    if taken := kwargs.keys() & {"env_id", "num_envs", "device", "num_workers", "state"}:
-        raise ValueError(f"env_kwargs may not hold {', '.join(sorted(taken))}: magpo.py has options for these.")
-    return make(args.env, num_envs, device, num_envs if args.num_workers else 0, args.state, **kwargs)
-
-
-# --- Random numbers, evaluation, signals --------------------------------------------------------------------------
+# --- Random numbers and evaluations -------------------------------------------------------------------------------
 
 
 def seed_everything(seed):
@@ -163,7 +43,7 @@ def seed_everything(seed):
 
 @contextlib.contextmanager
 def seeded(seed, device):
-    """Within it random numbers follow from this seed; afterwards all three generators go on as if nothing had been."""
+    """Within it random numbers follow from this seed; afterwards all go on as if nothing had been."""
     states = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         seed_everything(seed)
@@ -183,21 +63,6 @@ def progress(steps, title, stop):
         if stop:
             return
         yield step
-
-
-def catch_signals():
-    """A list that will hold the number of the first Ctrl-C or SIGTERM; a second one ends the process at once."""
-    caught, numbers = [], (signal.SIGINT, signal.SIGTERM)
-
-    def catch(number, _):
-        caught.append(number)
-        for number in numbers:
-            signal.signal(number, signal.SIG_DFL)
-        os.write(2, b"\nStopping after this iteration; then saving. Once more to stop at once.\n")
-
-    for number in numbers:
-        signal.signal(number, catch)
-    return caught
 
 
 # --- Processes ----------------------------------------------------------------------------------------------------
@@ -220,72 +85,48 @@ def average_gradients(parameters):
             parameter.grad /= WORLD
 
 
-# --- Numbers that are not finite ------------------------------------------------------------------------------------
+# --- Checkpoints --------------------------------------------------------------------------------------------------
 
 
-def check_finite(iteration, env, buffer):
-    """Raise FloatingPointError for the quantity of a rollout, a dict of (T, ...), that is the first not to be finite."""
-    causes = dict.fromkeys(("returns", "advantages"), "rewards too large for float32") | {"values": "learning rate too high"}
-    first = {}
-    for name, x in buffer.items():
-        if x.is_floating_point() and name != "episode_return":
-            bad = ~x.isfinite().flatten(1).all(1)  # (T,)
-            if bad.any():
-                first[name] = bad.int().argmax().item()
-    if first:
-        name = min(first, key=first.get)
-        raise FloatingPointError(f"iteration {iteration}: {name} not finite; likely cause: {causes.get(name, env)}")
+class Checkpoint:
+    """What a run saved, read without running code of the file's; ValueError if it cannot be read.
 
+    path: the file, or the folder of the run that it is in.
+    """
 
-def mean_metrics(iteration, metrics):
-    """Mean over minibatches (a list of dicts of scalars) and processes -> dict of floats; FloatingPointError if not finite."""
-    columns = {name: torch.stack([row[name] for row in metrics]).detach().unsqueeze(0) for name in metrics[0]}
-    means = {name: gather(x).mean().item() for name, x in columns.items()}
-    if bad := [name for name, mean in means.items() if not math.isfinite(mean)]:
-        raise FloatingPointError(f"iteration {iteration}: {bad[0]} not finite; likely cause: learning rate too high")
-    return means
+    def __init__(self, path, device="cpu"):
+        self.path = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
+        try:
+            self.saved = saved = torch.load(self.path, map_location=device, weights_only=True)
+            if saved["version"] != VERSION:
+                raise ValueError(f"its version is {saved['version']}, not {VERSION}")
+            if not all(x.isfinite().all() for network in ("guider", "learner") for x in saved[network].values()):
+                raise ValueError("its weights are not finite")
+            if not all(type(value) in (int, float) for row in saved["rows"] for value in row.values()):
+                raise ValueError("its rows are not numbers")
+            self.iteration, self.rows, self.here = int(saved["iteration"]), list(saved["rows"]), dict(saved["here"])
+        except Exception as error:  # torch.load raises many kinds for missing, empty, cut, foreign and malicious files
+            reason = error if type(error) is ValueError else f"{type(error).__name__}: {error}"
+            reason = str(reason).split("\n")[0]
+            raise ValueError(f"{self.path} cannot be read as a checkpoint of magpo.py: {reason}") from None
 
+    def options(self, **changes):
+        """The run's options, with changes -> dict. A file has no say in what is imported, or where to read and write."""
+        options = {k: v for k, v in self.saved["args"].items() if k not in ("runs_dir", "resume", "eval", "track")}
+        if "env" in changes:
+            options["env_kwargs"] = "{}"
+        elif str(options["env"]).startswith(("pettingzoo:", "gym:")):
+            raise ValueError(f"{self.path} is of {options['env']}; add --env {options['env']} if you trust its code.")
+        return options | changes
 
-# --- A run's folder -----------------------------------------------------------------------------------------------
-
-NOT_FROM_FILES = {"runs_dir", "resume", "eval", "track"}  # a file has no say in where to read or write
-
-
-def read_checkpoint(path, device="cpu"):
-    """Read a checkpoint, or that of a run's folder -> dict. Runs no code of the file's; ValueError if it cannot be read."""
-    path = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
-    try:
-        saved = torch.load(path, map_location=device, weights_only=True)
-        if saved["version"] != VERSION:
-            raise ValueError(f"its version is {saved['version']}, not {VERSION}")
-        if not all(x.isfinite().all() for network in ("guider", "learner") for x in saved[network].values()):
-            raise ValueError("its weights are not finite")
-        if not all(type(value) in (int, float) for row in saved["rows"] for value in row.values()):
-            raise ValueError("its rows are no numbers")
-        return saved | dict(path=path)
-    except Exception as error:  # torch.load raises many kinds for missing, empty, cut, foreign and malicious files
-        reason = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
-        raise ValueError(f"{path} cannot be read as a checkpoint of magpo.py: {reason}".split("\n")[0]) from None
-
-
-def run_options(saved, changes):
-    """Options of a checkpoint's run, with changes -> dict. Code that the file names is not imported on its word alone."""
-    options = {name: value for name, value in saved["args"].items() if name not in NOT_FROM_FILES}
-    if "env" in changes:
-        options["env_kwargs"] = "{}"
-    elif options["env"].startswith(("pettingzoo:", "gym:")):
-        raise ValueError(f"{saved['path']} is of {options['env']}. To import that, say it: --env {options['env']}")
-    return options | changes
-
-
-def load_weights(saved, **parts):
-    """Load what was saved of each part; ValueError if it does not fit."""
-    try:
-        for name, part in parts.items():
-            part.load_state_dict(saved[name])
-    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = str(error).strip().split("\n")[-1].strip()
-        raise ValueError(f"{saved['path']} does not fit this environment and these options: {reason}") from None
+    def load_into(self, **parts):
+        """Load what was saved of each part that has a state_dict; ValueError if it does not fit."""
+        try:
+            for name, part in parts.items():
+                part.load_state_dict(self.saved[name])
+        except Exception as error:  # of another environment, other options, or a damaged file
+            reason = str(error).strip().split("\n")[-1].strip()
+            raise ValueError(f"{self.path} does not fit this environment and these options: {reason}") from None
 
 
 class Run:
@@ -293,61 +134,64 @@ class Run:
 
     Attributes:
         args: the options; of a run that is resumed, that run's. device: where to train. path: the folder.
-        seed: of this process's environments and sampling. leads: whether this process writes and prints.
+        seed: of this process's environments and sampling. num_envs: its copies. leads: whether it writes and prints.
         iteration, num_iterations: how many are behind us, and in all.
 
     Raises:
         ValueError: the options cannot work, there is no checkpoint to go on from, or the folder cannot be written.
     """
 
-    kept = "nothing was saved yet."  # for the last sentence of a run that fails
-
     def __init__(self, args):
-        self.saved = {}
-        if args.resume:
-            self.saved = read_checkpoint(args.resume)
-            given = dict(env=args.env, env_kwargs=args.env_kwargs) if "env" in args.given else {}
-            args = type(args)(**run_options(self.saved, given), resume=args.resume)
+        self.checkpoint = Checkpoint(args.resume) if args.resume else None
+        if self.checkpoint:
+            changes = {name: getattr(args, name) for name in ("env", "env_kwargs") if "env" in args.given}
+            args = type(args)(**self.checkpoint.options(**changes), resume=args.resume)
         validate(args)
-        self.args = args
-        self.leads = RANK == 0
+        self.args, self.leads, self.num_envs = args, RANK == 0, args.num_envs // WORLD
         sys.stdout = sys.stdout if self.leads else open(os.devnull, "w")
-        cuda = args.cuda and torch.cuda.is_available()
-        if args.cuda and not cuda:
-            print("--cuda: PyTorch sees no GPU here; training on the CPU.")
-        self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
-        if cuda:
-            torch.cuda.set_device(self.device)
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats itself only with one of these
-        if WORLD > 1 and not dist.is_initialized():
-            dist.init_process_group("nccl" if cuda else "gloo")
-            atexit.register(dist.destroy_process_group)
-        torch.use_deterministic_algorithms(args.torch_deterministic, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # it costs 2 %, and everything here is initialized
-        torch.set_num_threads(args.torch_threads)
-        seed_everything(args.seed)
-        self.generator = torch.cuda.default_generators[self.device.index] if cuda else torch.default_generator
-        self.iteration, self.rows = self.saved.get("iteration", 0), self.saved.get("rows", [])
+        self.device = self.start_device()
         self.samples = args.num_envs * args.num_steps
         self.num_iterations = args.total_timesteps // self.samples
+        self.iteration, self.rows = 0, []
+        if self.checkpoint:
+            self.iteration, self.rows = self.checkpoint.iteration, self.checkpoint.rows
         self.seed = args.seed
         if RANK or self.iteration:  # seeds of PyTorch's generators have 32 bits, so that adding will not do
             self.seed = int(np.random.SeedSequence((args.seed, RANK, self.iteration)).generate_state(1)[0])
+        seed_everything(args.seed)  # all processes build the same networks
         self.open_folder()
         before = self.rows[-1] if self.rows else dict(seconds=0, cpu_seconds=0)
         self.start = time.time() - before["seconds"], time.process_time() - before["cpu_seconds"]
+
+    def start_device(self):
+        """Set PyTorch and torchrun's process group up -> the device."""
+        cuda = self.args.cuda and torch.cuda.is_available()
+        if self.args.cuda and not cuda:
+            print("--cuda: PyTorch sees no GPU here; training on the CPU.")
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+        if cuda:
+            torch.cuda.set_device(device)
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats itself only with one of these
+        self.generator = torch.cuda.default_generators[device.index] if cuda else torch.default_generator
+        if WORLD > 1 and not dist.is_initialized():
+            dist.init_process_group("nccl" if cuda else "gloo")
+            atexit.register(dist.destroy_process_group)
+        torch.use_deterministic_algorithms(self.args.torch_deterministic, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # it costs 2 %, and everything here is initialized
+        torch.set_num_threads(self.args.torch_threads)
+        return device
 
     def open_folder(self):
         """Make the folder, or take that of the run to resume, and keep other processes out of it."""
         args = self.args
         name = f"{args.env}__{args.algo}__{args.seed}__{time.time():.2f}".replace(":", "_").replace("/", "_")
-        self.path = self.saved["path"].parent if self.saved else Path(args.runs_dir) / name
+        self.path = self.checkpoint.path.parent if self.checkpoint else Path(args.runs_dir) / name
         if not self.leads:
             return
         try:
-            self.path.mkdir(parents=True, exist_ok=bool(self.saved))
+            self.path.mkdir(parents=True, exist_ok=bool(self.checkpoint))
             self.lock = open(self.path / "lock", "w")
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lets go of it when the process ends
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system frees it when this process ends
             (self.path / "args.json").write_text(json.dumps(asdict(args), indent=1))
         except BlockingIOError:
             raise ValueError(f"{self.path} is in use by another process; wait for it, or stop it.") from None
@@ -355,7 +199,8 @@ class Run:
             raise ValueError(f"{self.path} cannot be written: {error}") from None
         self.writer = SummaryWriter(self.path, purge_step=self.iteration * self.samples + 1)
         self.writer.add_text("args", "\n".join(f"    {name}: {value}" for name, value in asdict(args).items()))
-        self.file = self.table = None
+        self.file = open(self.path / "metrics.csv", "a")  # empties it when the first row comes
+        self.table = None
 
     def place(self, *networks):
         """The same networks on the run's device; compiled if --compile asks for it.
@@ -370,26 +215,37 @@ class Run:
 
     def iterations(self, envs, stop):
         """Numbers of the iterations still to go, until a process has something in its list `stop`. Says what counts."""
-        options = (f"{name} {value}" + "*" * (name not in self.args.given) for name, value in asdict(self.args).items())
-        print(textwrap.fill(f"{', '.join(options)} (*: not given, from the preset or by default)", 110))
-        print(envs.note, end="\n" if envs.note else "")
+        args = asdict(self.args)
+        options = [f"{name} {value}" for name, value in args.items() if value != "" and name in self.args.given]
+        preset = [f"{name} {value}" for name, value in args.items() if name not in self.args.given]
+        print(textwrap.fill(f"Options: {', '.join(options)}. From the preset: {', '.join(preset)}.", 110))
+        if envs.note:
+            print(envs.note)
         if self.num_iterations * self.samples < self.args.total_timesteps:
             print(f"total_timesteps is cut to {self.num_iterations * self.samples}, a multiple of num_envs x num_steps.")
         self.bar = tqdm(
             range(self.iteration + 1, self.num_iterations + 1),
-            unit="step", unit_scale=self.samples, initial=self.iteration, total=self.num_iterations, disable=not self.leads,
-        )  # fmt: skip
+            unit="step",
+            unit_scale=self.samples,
+            initial=self.iteration,
+            total=self.num_iterations,
+            disable=not self.leads,
+        )
         for iteration in self.bar:
             yield iteration
             if gather(torch.full((1, 1), len(stop), device=self.device)).any():
                 break
 
-    def restore(self, parts):
-        """Load what has a state_dict -> what else was saved `here`: empty at a start, or if the episodes start anew."""
-        if not self.saved:
+    def restore(self, **parts):
+        """Keep the parts of the training, to save them -> where a resumed run's episodes stood.
+
+        That is empty at a start, or if the episodes start anew.
+        """
+        self.parts = parts
+        if not self.checkpoint:
             return {}
-        load_weights(self.saved, **parts)
-        here = self.saved["here"]
+        self.checkpoint.load_into(**parts)
+        here = self.checkpoint.here
         if WORLD == 1 and here.get("device") == self.device.type:
             self.generator.set_state(here["generator"].cpu())
             return here
@@ -397,22 +253,32 @@ class Run:
         seed_everything(self.seed)
         return {}
 
-    def save(self, parts, envs, **here):
-        """Replace the checkpoint at once: whoever is killed meanwhile, or finds the disk full, leaves the old one whole."""
-        if not self.leads:
-            return
-        here |= dict(envs=envs.state_dict(), generator=self.generator.get_state(), device=self.device.type)
-        contents = dict(version=VERSION, args=asdict(self.args), iteration=self.iteration, rows=self.rows)
-        contents |= {name: part.state_dict() for name, part in parts.items()}
-        memory = io.BytesIO()  # so that a full disk is an OSError, and nothing is computed while the file is open
-        torch.save(contents | {"here": here if here["envs"] and WORLD == 1 else {}}, memory)
-        with open(self.path / "checkpoint.tmp", "wb") as file:
-            file.write(memory.getbuffer())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(file.name, self.path / "checkpoint.pt")
-        Run.kept = f"iteration {self.iteration} is saved: --resume {self.path}"
-        self.writer.flush()
+    def check_finite(self, iteration, buffer):
+        """Raise FloatingPointError for what in a rollout, a dict of (T, ...), is first not to be finite."""
+        first = {}
+        for name, x in buffer.items():
+            if x.is_floating_point():
+                bad = ~x.isfinite().flatten(1).all(1)  # (T,)
+                if bad.any():
+                    first[name] = bad.int().argmax().item()
+        if first:
+            name = min(first, key=first.get)
+            causes = dict(values="a learning rate too high", advantages="rewards too large", returns="rewards too large")
+            cause = causes.get(name, self.args.env)
+            raise FloatingPointError(f"iteration {iteration}: {name} not finite; likely cause: {cause}{self.kept()}")
+
+    def mean(self, iteration, metrics):
+        """Means over minibatches (a list of dicts of scalars) and processes; FloatingPointError if one is not finite."""
+        columns = {name: torch.stack([row[name] for row in metrics]).detach().unsqueeze(0) for name in metrics[0]}
+        means = {name: gather(x).mean().item() for name, x in columns.items()}
+        if bad := [name for name, mean in means.items() if not math.isfinite(mean)]:
+            cause = "a learning rate too high"
+            raise FloatingPointError(f"iteration {iteration}: {bad[0]} not finite; likely cause: {cause}{self.kept()}")
+        return means
+
+    def evaluates(self, iteration):
+        """Whether the learners are evaluated after this iteration, by this process."""
+        return self.leads and (iteration % self.args.eval_every == 0 or iteration in (1, self.num_iterations))
 
     def log(self, iteration, row):
         """Count an iteration as done, and add its row, behind the step and the times so far, to metrics.csv and TensorBoard."""
@@ -421,7 +287,7 @@ class Run:
             return
         row = dict(step=step, seconds=time.time() - self.start[0], cpu_seconds=time.process_time() - self.start[1]) | row
         if self.table is None:
-            self.file = open(self.path / "metrics.csv", "w", newline="")
+            self.file.truncate(0)
             self.table = csv.DictWriter(self.file, row)
             self.table.writeheader()
             self.table.writerows(self.rows)
@@ -433,14 +299,33 @@ class Run:
         if not math.isnan(row["learner_return"]):
             self.bar.set_postfix({name: f"{row[name]:.2f}" for name in ("guider_return", "learner_return")})
 
+    def save(self, envs, **episodes):
+        """Replace the checkpoint at once: whoever is killed meanwhile, or finds the disk full, leaves the old one whole."""
+        if not self.leads:
+            return
+        here = episodes | dict(envs=envs.state_dict(), generator=self.generator.get_state(), device=self.device.type)
+        contents = dict(version=VERSION, args=asdict(self.args), iteration=self.iteration, rows=self.rows)
+        contents |= {name: part.state_dict() for name, part in self.parts.items()}
+        memory = io.BytesIO()  # so that a full disk is an OSError, and nothing is computed while the file is open
+        torch.save(contents | {"here": here if here["envs"] and WORLD == 1 else {}}, memory)
+        with open(self.path / "checkpoint.tmp", "wb") as file:
+            file.write(memory.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(file.name, self.path / "checkpoint.pt")
+        self.writer.flush()
+
+    def resume_command(self):
+        """How to go on with this run."""
+        code = self.args.env.startswith(("pettingzoo:", "gym:"))
+        return f"python magpo.py --resume {self.path}" + (f" --env {self.args.env}" if code else "")
+
     def close(self):
         """Close the files, and say where they are."""
         if not self.leads:
             return
-        self.writer.close()
-        self.lock.close()
-        if self.file:  # a finished run may be resumed, to no effect
-            self.file.close()
+        for file in (self.writer, self.file, self.lock):
+            file.close()
         print(f"Everything is in {self.path}")
         if self.iteration < self.num_iterations:
-            print(f"Stopped after iteration {self.iteration}. To go on: python magpo.py --resume {self.path}")
+            print(f"Stopped after iteration {self.iteration}. To go on: {self.resume_command()}")
