@@ -240,7 +240,7 @@ REFUSED = [
     ("coordsum_3x10", {"num_targets": 0}, "num_targets must be"),
     ("coordsum_3x10", {"num_actions": None}, "num_actions must be"),
     ("coordsum_3x10", {"official": "yes"}, "official must be true or false"),
-    ("coordsum_3x10", {"num_targets": 10**14}, "cannot be made"),  # not in this memory
+    ("coordsum_3x10", {"num_targets": 10**18}, "cannot be made"),  # in no memory
     ("matrix_xor", {"payoff": [[1, 2], [3]]}, "cannot be made"),
     ("matrix_xor", {"payoff": [[1, 2]]}, "one axis of equal length per agent"),
     ("matrix_xor", {"payoff": []}, "one axis of equal length per agent"),

@@ -229,7 +229,7 @@ def test_edge_without_backtracking_even_the_global_projection_gets_worse():
 
 
 def test_edge_aliased_states_get_worse_at_large_eta_only():
-    """The weighted KL is minimised under the visits of mu_k; where eta moves pi far, its own visits differ."""
+    """The weighted KL is minimised under the visits of mu_k; where eta moves pi far, its visits differ."""
     obs = np.array([0, 0])
     P, R, pi = draw(26, 2, (3, 3))
     pi = [p[obs] for p in pi]
