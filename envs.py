@@ -94,7 +94,6 @@ class BatchedEnv(VectorEnv):
         self, num_envs, device, num_agents, num_features, num_actions, max_episode_steps, continuous=False
     ):
         check_counts(1, num_envs=num_envs)
-        check_flags(continuous=continuous)
         self.num_envs = num_envs
         self.device = torch.device(device)
         self.max_episode_steps = max_episode_steps
@@ -180,13 +179,12 @@ class MatrixGame(BatchedEnv):
         super().__init__(num_envs, device, num_agents, 1, num_actions, 1)
         self.payoff = payoff.float().to(self.device)
         self.references = {"random": payoff.mean().item(), "best": payoff.max().item()}
-        self._ones = torch.ones(num_envs, num_agents, 1, device=device)
 
     def _start(self):
         pass
 
     def _observe(self):
-        return self._ones
+        return torch.ones(self.observation_space.shape, device=self.device)
 
     def _advance(self, actions):
         return self.payoff[actions.unbind(-1)]
@@ -285,7 +283,7 @@ class SimpleSpread(BatchedEnv):
         others = num_agents - 1 if num_agent_neighbors is None else num_agent_neighbors
         landmarks = num_agents if num_landmark_neighbors is None else num_landmark_neighbors
         check_counts(1, max_cycles=max_cycles, num_agent_neighbors=others, num_landmark_neighbors=landmarks)
-        check_flags(state=state)
+        check_flags(continuous=continuous, state=state)
         if type(local_ratio) not in (int, float) or not 0 <= local_ratio <= 1:
             raise ValueError(f"local_ratio must be a number in [0, 1], but is {local_ratio!r}.")
         num_features = 4 + 4 * others + 2 * landmarks
@@ -361,9 +359,9 @@ ENVS = {  # id -> class, mean returns of its POLICIES (results/references.py pla
     "mpe_spread_5ag": (SimpleSpread, (-35.92, -11.54), dict(num_agents=5)),
     "mpe_spread_10ag": (SimpleSpread, (-54.5, -23.3), dict(num_agents=10)),
     "mpe_spread_partial": (SimpleSpread, (-26.34,), dict(num_agent_neighbors=1, num_landmark_neighbors=1)),
-    "mpe_spread_continuous": (SimpleSpread, (-25.40,), dict(continuous=True)),
-    "mpe_spread_5ag_continuous": (SimpleSpread, (-33.39,), dict(num_agents=5, continuous=True)),
-    "mpe_spread_10ag_continuous": (SimpleSpread, (-51.84,), dict(num_agents=10, continuous=True)),
+    "mpe_spread_continuous": (SimpleSpread, (-25.40, -6.03), dict(continuous=True)),
+    "mpe_spread_5ag_continuous": (SimpleSpread, (-33.39, -8.85), dict(num_agents=5, continuous=True)),
+    "mpe_spread_10ag_continuous": (SimpleSpread, (-51.84, -18.99), dict(num_agents=10, continuous=True)),
     # The paper's tasks as the official code has them
     "coordsum_3x10_official": (CoordSum, (6.3, 159.0, 183.1, 153.3), dict(official=True)),
     "coordsum_3x30_official": (CoordSum, (2.5, 164.4, 198.0, 158.9),
@@ -372,9 +370,11 @@ ENVS = {  # id -> class, mean returns of its POLICIES (results/references.py pla
         dict(num_agents=5, num_actions=20, num_targets=80, official=True)),
     "coordsum_8x15_official": (CoordSum, (1.9, 188.5, 199.0, 182.1),
         dict(num_agents=8, num_actions=15, num_targets=100, official=True)),
-    "mpe_spread_3ag_paper": (SimpleSpread, (), dict(continuous=True, max_cycles=26)),
-    "mpe_spread_5ag_paper": (SimpleSpread, (), dict(num_agents=5, continuous=True, max_cycles=26)),
-    "mpe_spread_10ag_paper": (SimpleSpread, (), dict(num_agents=10, continuous=True, max_cycles=26)),
+    "mpe_spread_3ag_paper": (SimpleSpread, (-26.47, -6.08), dict(continuous=True, max_cycles=26)),
+    "mpe_spread_5ag_paper": (SimpleSpread, (-34.81, -8.97),
+        dict(num_agents=5, continuous=True, max_cycles=26)),
+    "mpe_spread_10ag_paper": (SimpleSpread, (-54.18, -19.45),
+        dict(num_agents=10, continuous=True, max_cycles=26)),
 }
 ELSEWHERE = "pettingzoo:<module>, gym:<id>, lbf:<task>, rware:<task>, connector:<task>, smax:<task>"
 # fmt: on

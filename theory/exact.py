@@ -79,8 +79,8 @@ def project_learner_first(pi, mu_hat, obs, weights, sweeps=1000, tolerance=1e-13
 
     Block-coordinate descent from pi: with the other agents fixed, agent i's exact minimiser is
     pi^i ~ exp(E_{pi^-i}[log mu_hat]), where the mean is also over the states that it cannot tell apart. No
-    step raises the KL. So Theorem 4.1 holds after any number of sweeps: what it rests on is the start at pi_k.
-    The first sweep is the sequential update of Corollary 4.2.
+    step raises the KL. So Theorem 4.1 holds after any number of sweeps: it rests on the start at pi_k. The
+    first sweep is the sequential update of Corollary 4.2.
     """
     pi = list(pi)
     share = weights * (obs[:, None] == obs)  # (S, S)

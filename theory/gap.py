@@ -2,7 +2,7 @@
 
 Three agents each name an integer from 0 to 9, and earn 1 if the integers add up to 10: the paper's Figure 1.
 The guider is a joint policy, improved by Eq. 2 with eta = 1. The learners copy its marginals: the product
-policy with the least KL(mu || pi). With backtracking the guider goes on from the learners, without it from itself.
+policy with the least KL(mu || pi). With backtracking the guider goes on from them, without it from itself.
 """
 
 import sys
