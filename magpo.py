@@ -1,26 +1,23 @@
-"""Multi-Agent Guided Policy Optimization (MAGPO) in one file of PyTorch. Read it top to bottom, beside the paper.
+"""Multi-Agent Guided Policy Optimization (MAGPO) in one file of PyTorch. Read it from top to bottom.
 
-Li, Xie, Lu: "Multi-Agent Guided Policy Optimization", ICLR 2026, arXiv 2507.18059. Official code (JAX):
-github.com/liyheng/MAGPO, commit d2ac38b. Equation numbers are the paper's.
+Li, Xie, Lu: "Multi-Agent Guided Policy Optimization", ICLR 2026, arXiv 2507.18059. Equation numbers are the
+paper's. Its official code, in JAX, is github.com/liyheng/MAGPO, commit d2ac38b. TUTORIAL.md has a table of
+where paper, official code and this file differ.
 
 A team of N agents shares one reward. Two policies are trained together:
 
-    guider    mu(a|s) = prod_j mu(a^j | s, a^1..a^{j-1})    sees everything, acts agent by agent; for training only
-    learners  pi(a|o) = prod_i pi(a^i | o^i)                each sees its own observation; these are deployed
+    guider    mu(a|s) = prod_j mu(a^j | s, a^1..a^{j-1})    sees everything, acts agent by agent, to train with
+    learners  pi(a|o) = prod_i pi(a^i | o^i)                each sees its own observation; these you deploy
 
 Each iteration of train() takes the paper's four steps:
 
     1. data collection      roll out the guider mu
     2. guider update        PPO on mu, but mu may not leave 1/delta <= mu/pi <= delta                 (Eq. 9)
     3. learner update       pi imitates mu, and also improves on the team's reward by itself          (Eq. 10)
-    4. guider backtracking  mu := pi. In practice Eq. 9's bound does it; --backtracking reset does it to the letter
+    4. guider backtracking  mu := pi. In practice Eq. 9's bound does it; to the letter, --backtracking reset
 
-Shapes: T steps, E environments, N agents, D features of an observation, A actions of an agent, S features of the
-global state, C width of a layer. "..." stands for any leading dimensions.
-
-TUTORIAL.md has a table of where the paper, the official code and this file differ. In short: attention instead of
-Sable's retention; a fixed agent order, so that an unchanged guider's importance ratio is 1; a time-out is no end;
-and, as in Eq. 10 and the official code, KL(mu || pi), although Theorem 4.1 needs KL(pi || mu).
+Shapes: T steps, E environments, N agents, D features of an observation, A actions of an agent, S features of
+a global state, C width of a layer. "..." stands for any leading dimensions.
 """
 
 import math
@@ -50,7 +47,6 @@ class Args:
     num_envs: int | None = None  # E, parallel copies of the environment
     num_workers: int = 0  # of pettingzoo: and gym: environments: 0 for none, or num_envs, a process per copy
     state: bool = False  # show the environment's global state to the guider, and to it alone
-
     # PPO, under CleanRL's names
     total_timesteps: int | None = None  # environment steps of training, all copies together
     num_steps: int | None = None  # T, steps of each copy per iteration
@@ -58,22 +54,20 @@ class Args:
     anneal_lr: bool = True  # lower the learning rate and the entropy bonus linearly to zero
     gamma: float | None = None  # discount factor
     gae_lambda: float = 0.9  # lambda of generalized advantage estimation (not the paper's lambda)
-    num_minibatches: int | None = None  # minibatches per epoch: of single steps, or with memory of whole sequences
+    num_minibatches: int | None = None  # per epoch: of single steps, or with memory of whole sequences
     update_epochs: int | None = None  # passes over each rollout
     clip_coef: float = 0.2  # epsilon of Eq. 9 and 10: the importance ratio's clip
     ent_coef: float | None = None  # c_ent of Eq. 9: the guider's entropy bonus at the start
     vf_coef: float = 0.5  # c_v of Eq. 9: weight of the value loss
-    max_grad_norm: float | None = None  # gradient norm at which guider and learners are clipped, each by itself
-
+    max_grad_norm: float | None = None  # at which guider's and learners' gradients are clipped, each alone
     # MAGPO
     algo: Literal["magpo", "mappo", "ctds"] = "magpo"  # mappo: PPO on the learners; ctds: delta inf and lam 0
-    delta: float | None = None  # delta of Eq. 9, above 1: the guider keeps 1/delta <= mu/pi <= delta; inf: no bound
+    delta: float | None = None  # delta of Eq. 9, above 1: 1/delta <= mu/pi <= delta; inf for no bound
     lam: float | None = None  # lambda of Eq. 10: weight of the learners' own RL loss
-    backtracking: Literal["soft", "reset"] = "soft"  # step 4: Eq. 9's bound, or mu := pi with delta inf and lam 0
+    backtracking: Literal["soft", "reset"] = "soft"  # step 4: the bound, or mu := pi with delta inf, lam 0
     recurrent: bool = False  # give guider and learners a memory, a GRU over time
     embed_dim: int = 32  # width of the guider's and the critic's attention
     hidden_dim: int | None = None  # width of the layers on an observation, of learners, guider and critic
-
     # Run
     seed: int = 1  # seed of everything random, environments included
     cuda: bool = False  # train on the GPU, if there is one
@@ -95,9 +89,7 @@ class Args:
             self.lam = 0.0
 
 
-# --- Networks -----------------------------------------------------------------------------------------------------
-
-
+# --- Networks -----------------------------------------------------------------------------------------------
 def linear(inputs, outputs, gain):
     """Linear layer that starts with orthogonal weights and a bias of zero."""
     layer = nn.Linear(inputs, outputs)
@@ -115,7 +107,7 @@ def distribution(logits, continuous, action_mask=None):
 
 
 def sample(policy):
-    """Actions (..., N) or (..., N, A) of a policy. As policy.sample(), but a GPU need not wait for its checks."""
+    """As policy.sample(), but a GPU need not wait for its checks -> actions (..., N) or (..., N, A)."""
     if policy.has_rsample:
         return policy.rsample()
     return (policy.logits - torch.empty_like(policy.logits).exponential_().log()).argmax(-1)  # Gumbel's trick
@@ -144,7 +136,7 @@ class ObsEncoder(nn.Module):
         self.gru = nn.GRUCell(dim, dim) if recurrent else None
 
     def forward(self, obs, memory=None):
-        """obs (..., N, D), memory before it -> features (..., N, C); with memory they are the GRU's state after it."""
+        """obs (..., N, D), memory before it -> features (..., N, C), with memory the GRU's state after it."""
         x = torch.tanh(self.obs_in(obs) + self.agent_id)
         x = torch.tanh(self.hidden(x))
         x = torch.tanh(self.out(x))
@@ -190,10 +182,10 @@ class Block(nn.Module):
 
 
 class Guider(nn.Module):
-    """Autoregressive joint policy mu(a|s) = prod_j mu(a^j | s, a^1..a^{j-1}), and one value per agent, the critic's.
+    """Autoregressive joint policy mu(a|s) = prod_j mu(a^j | s, a^1..a^{j-1}), and a value for each agent.
 
-    The logits of agent j are a sum: what its own observation says, as in a learner, and a correction by attention. The
-    encoder attends to all agents' observations, the causal decoder to the actions chosen so far.
+    Agent j's logits are a sum: what its own observation says, as in a learner, and a correction by attention.
+    The encoder attends to all agents' observations, the causal decoder to the actions chosen so far.
     Optional inputs, the same everywhere:
         action_mask: (..., N, A) bool, the allowed actions.
         state: (..., S), global state that no learner sees.
@@ -201,8 +193,9 @@ class Guider(nn.Module):
     """
 
     def __init__(
-        self, num_agents, obs_dim, action_dim, continuous=False, dim=32, hidden_dim=128, recurrent=False, state_dim=0
-    ):
+        self, num_agents, obs_dim, action_dim, continuous=False, dim=32, hidden_dim=128, recurrent=False,
+        state_dim=0,
+    ):  # fmt: skip
         super().__init__()
         self.continuous = continuous
         num_logits = action_dim * (1 + continuous)
@@ -219,7 +212,7 @@ class Guider(nn.Module):
         self.correction_head = linear(dim, num_logits, 0.1)
 
     def encode(self, obs, state=None, memory=None):
-        """obs (..., N, D) -> own logits (..., N, A), encoded (..., N, C), values (..., N) in units of ValueNorm."""
+        """obs (..., N, D) -> own logits (..., N, A), encoded (..., N, C), values (..., N)."""
         features = self.obs_encoder(obs, memory)
         tokens = self.token(features)
         if self.state_in is not None:
@@ -228,18 +221,18 @@ class Guider(nn.Module):
         return self.own_head(features), encoded, self.value_head(encoded).squeeze(-1)
 
     def forward(self, obs, actions, action_mask=None, state=None, memory=None):
-        """obs (..., N, D), actions (..., N[, A]) -> mu at every agent given the actions before, values (..., N)."""
+        """obs (..., N, D), actions (..., N[, A]) -> mu given the actions before each agent, values (..., N)."""
         own_logits, encoded, values = self.encode(obs, state, memory)
         before = self.action_in(actions)[..., :-1, :]  # (..., N - 1, C)
         start = self.start.expand(*before.shape[:-2], 1, -1)
-        before = torch.cat([start, before], -2)  # (..., N, C): token j has the action of j - 1, and attends to 1..j
+        before = torch.cat([start, before], -2)  # (..., N, C): agent j gets the action of j - 1
         decoded, _ = self.decoder(encoded + before, causal=True)
         logits = own_logits + self.correction_head(decoded)
         return distribution(logits, self.continuous, action_mask), values
 
     @torch.no_grad()
     def act(self, obs, action_mask=None, state=None, memory=None):
-        """obs (..., N, D) -> actions (..., N[, A]), logprobs (..., N), values (..., N). Samples agent by agent."""
+        """Sample, agent by agent: obs (..., N, D) -> actions (..., N[, A]), logprobs, values (..., N)."""
         own_logits, encoded, values = self.encode(obs, state, memory)
         before, past, actions, logprobs = self.start, None, [], []
         for j in range(obs.shape[-2]):
@@ -254,7 +247,7 @@ class Guider(nn.Module):
 
 
 class Learner(nn.Module):
-    """Decentralized policies pi(a|o) = prod_i pi(a^i | o^i): shared weights, agent i sees obs[..., i, :] alone."""
+    """Decentralized policies pi(a|o) = prod_i pi(a^i | o^i), sharing weights. Agent i sees obs[..., i, :]."""
 
     def __init__(self, num_agents, obs_dim, action_dim, continuous=False, dim=128, recurrent=False):
         super().__init__()
@@ -269,10 +262,10 @@ class Learner(nn.Module):
 
 
 def new_memory(args, envs):
-    """What is remembered when an episode starts in all copies: hidden, starts. Every network takes both, as `memory`.
+    """Memory at the start of an episode in all copies: (hidden, starts). Every network takes it as `memory`.
 
-    hidden: (E, N, 2, C), state of the GRUs of learner and guider before an observation; C is 0 without memory.
-    starts: (E,) bool, or (T, E) for sequences: where an observation begins an episode, with a hidden state of zero.
+    hidden: (E, N, 2, C), the GRUs' state before an observation: of learner, of guider. C is 0 without memory.
+    starts: (E,) bool, or (T, E) for sequences: where an observation begins an episode, with a state of zero.
     """
     E, N, _ = envs.observation_space.shape
     hidden = torch.zeros(E, N, 2, args.hidden_dim * args.recurrent, device=envs.device)
@@ -287,12 +280,12 @@ def remember(guider, learner, obs, memory):
 
 
 class ValueNorm(nn.Module):
-    """Running mean and deviation of the returns, so that the critic learns targets of order 1 (Yu et al. 2022)."""
+    """Running mean and deviation of the returns: the critic learns targets of order 1 (Yu et al. 2022)."""
 
     def __init__(self, decay=0.99):
         super().__init__()
         self.decay = decay
-        # Averages of 1 (it undoes the start at zero), x and x^2; float32 would lose the deviation of 20,000 +- 1
+        # Averages of 1 (to undo the start at 0), x and x^2. float32 would lose the deviation of 20,000 +- 1
         self.register_buffer("moments", torch.zeros(3, dtype=torch.float64))
 
     def update(self, returns):
@@ -300,15 +293,13 @@ class ValueNorm(nn.Module):
         self.moments.lerp_(new, 1 - self.decay)
 
     def stats(self):
-        """Mean and deviation, both about 0 before the first update. No unit is special: 1e-6 as good as 1e6."""
+        """Mean and deviation, about 0 before the first update. Rewards times 1e6 are the same game."""
         mean, square = self.moments[1:] / self.moments[0].clamp(min=1e-8)
         variance = square - mean.square()
         return mean, torch.maximum(variance, 1e-12 * square + 1e-30).sqrt()
 
 
-# --- The equations ------------------------------------------------------------------------------------------------
-
-
+# --- The equations ------------------------------------------------------------------------------------------
 def compute_gae(rewards, values, next_values, terminations, truncations, gamma, gae_lambda):
     """Generalized advantage estimation (Schulman et al. 2016) -> advantages (T, E, N), returns (T, E, N).
 
@@ -317,7 +308,7 @@ def compute_gae(rewards, values, next_values, terminations, truncations, gamma, 
         values: (T, E, N), V of the observation that a step started from.
         next_values: (T, E, N), V of the observation that it led to; at an episode's end, of its last one.
         terminations: (T, E, 1) bool, the game was over. Nothing is worth anything after it.
-        truncations: (T, E, 1) bool, time ran out. The step still bootstraps, but the sum over steps ends here.
+        truncations: (T, E, 1) bool, time ran out. The step still bootstraps; the sum over steps ends here.
     """
     td_errors = rewards + gamma * next_values * ~terminations - values
     over = terminations | truncations
@@ -330,14 +321,14 @@ def compute_gae(rewards, values, next_values, terminations, truncations, gamma, 
 
 
 def guider_loss(log_mu, log_pi, log_mu_old, advantages, kl, clip_coef, delta):
-    """Eq. 9 without entropy and value loss -> mean loss, fraction of m = 1, fraction of clipped ratios (scalars).
+    """Eq. 9 without entropy and value loss -> loss, fraction of m = 1, fraction of clipped r (scalars).
 
         r    = mu / mu_old
         rho  = clip( clip(mu/pi, 1/delta, delta) * pi/mu_old,  1 - eps, 1 + eps )        the double clip
         L_mu = -min(r A, rho A) + m KL(mu || pi),        m = 1 where mu/pi is outside [1/delta, delta]
 
-    The inner clip takes away the push that would carry mu further from pi than delta. The masked KL pulls mu back
-    where it is further already. Together they are step 4, the backtracking, in practice. pi is a constant here.
+    The inner clip takes away the push that would carry mu further from pi than delta. The masked KL pulls mu
+    back where it is further already. Together they are step 4 in practice. pi is a constant here.
 
     Args, all of one shape but the last two:
         log_mu, log_pi, log_mu_old: log-probabilities of the action taken.
@@ -376,16 +367,14 @@ def learner_loss(log_pi, log_mu_old, advantages, kl, clip_coef, lam):
 
 
 def backtrack(guider, learner):
-    """Step 4 to the letter, mu := pi: what the guider's own observations say becomes pi, the correction zero."""
+    """Step 4 to the letter, mu := pi: each agent's own logits become the learner's, the correction zero."""
     guider.obs_encoder.load_state_dict(learner.obs_encoder.state_dict())
     guider.own_head.load_state_dict(learner.policy_head.state_dict())
     nn.init.zeros_(guider.correction_head.weight)
     nn.init.zeros_(guider.correction_head.bias)
 
 
-# --- Training -----------------------------------------------------------------------------------------------------
-
-
+# --- Training -----------------------------------------------------------------------------------------------
 def build(args, envs):
     """Untrained Guider and Learner for an environment."""
     num_agents, obs_dim = envs.single_observation_space.shape
@@ -398,12 +387,33 @@ def build(args, envs):
     return guider, Learner(*sizes, args.hidden_dim, args.recurrent)
 
 
+def estimate_advantages(buffer, guider, value_norm, args):
+    """Rollout (T, E, ...) -> normalized advantages and returns (T, E, N), the critic's explained variance."""
+    mean, std = value_norm.stats()
+    values = buffer["values"] * std + mean  # (T, E, N)
+    memory = buffer["final_hidden"], torch.zeros_like(buffer["starts"])
+    _, _, next_values = guider.encode(buffer["final_obs"], buffer.get("final_state"), memory)
+    next_values = next_values * std + mean
+    rewards, *ends = (
+        buffer[k].unsqueeze(-1) for k in ("rewards", "terminations", "truncations")
+    )  # (T, E, 1)
+    advantages, returns = compute_gae(rewards, values, next_values, *ends, args.gamma, args.gae_lambda)
+    all_returns, errors = gather(returns), gather(returns - values)  # of all processes
+    explained_variance = 1 - errors.var(correction=0) / all_returns.var(correction=0).clamp(min=1e-30)
+    value_norm.update(all_returns)
+    mean, std = value_norm.stats()
+    returns, advantages = (returns - mean) / std, advantages / std
+    over = gather(advantages)
+    advantages = (advantages - over.mean()) / (over.std(correction=0) + 1e-8)
+    return advantages, returns, explained_variance.item()
+
+
 def train(args, stop=()):
     """Train a team -> Path of the run's folder (checkpoint.pt, metrics.csv, args.json, TensorBoard events).
 
     stop: a list. Once something is in it, training ends after the iteration, to be resumed.
-    Raises ValueError (options), FloatingPointError (a number that is not finite), EnvFailure (the environment raised
-    or broke its contract) and OSError (a file cannot be written).
+    Raises ValueError (options that cannot work), FloatingPointError (a number is not finite), EnvFailure (the
+    environment raised, or broke its contract) and OSError (a file cannot be written).
     """
     run = Run(args)  # its folder, checkpoints, processes, device and seed: see run.py
     args, device = run.args, run.device
@@ -416,7 +426,7 @@ def train(args, stop=()):
         backtrack(guider, learner)  # the first rollout, too, is pi's
     saved = run.restore(guider=guider, learner=learner, optimizer=optimizer, value_norm=value_norm)
     obs, infos = envs.reset(seed=run.seed, options=saved.get("envs"))
-    hidden, starts = saved.get("memory") or new_memory(args, envs)
+    memory = saved.get("memory") or new_memory(args, envs)
     episode_return = saved.get("episode_return", torch.zeros(run.num_envs, device=device))
 
     for iteration in run.iterations(envs, stop):
@@ -427,7 +437,7 @@ def train(args, stop=()):
         steps = []
         with torch.no_grad():
             for _ in range(args.num_steps):
-                mask, state, memory = infos.get("action_mask"), infos.get("state"), (hidden, starts)
+                mask, state = infos.get("action_mask"), infos.get("state")
                 if args.algo == "mappo":
                     pi = learner(obs, mask, memory)
                     actions = sample(pi)
@@ -435,57 +445,47 @@ def train(args, stop=()):
                     _, _, values = guider.encode(obs, state, memory)
                 else:
                     actions, logprobs, values = guider.act(obs, mask, state, memory)
+                hidden, starts = memory
                 step = dict(obs=obs, action_mask=mask, state=state, hidden=hidden, starts=starts)
                 step |= dict(actions=actions, logprobs=logprobs, values=values)
 
                 hidden = remember(guider, learner, obs, memory)
                 obs, rewards, terminations, truncations, infos = envs.step(actions)
-                starts = terminations | truncations
-                episode_return = episode_return + rewards
+                over = terminations | truncations
+                memory = hidden, over
                 step |= dict(rewards=rewards, terminations=terminations, truncations=truncations)
-                step |= dict(final_obs=infos["final_obs"], final_state=infos.get("final_state"), final_hidden=hidden)
-                steps.append(step | dict(episode_return=episode_return))
-                episode_return = episode_return * ~starts
-            names = [name for name in steps[0] if steps[0][name] is not None]
-            buffer = {name: torch.stack([step[name] for step in steps]) for name in names}  # each (T, E, ...)
+                step |= dict(
+                    final_obs=infos["final_obs"], final_state=infos.get("final_state"), final_hidden=hidden
+                )
+                episode_return = episode_return + rewards
+                step |= dict(episode_return=episode_return.where(over, math.nan))
+                episode_return = episode_return * ~over
+                steps.append(step)
+            buffer = {
+                k: torch.stack([s[k] for s in steps]) for k, x in step.items() if x is not None
+            }  # (T, E, ...)
 
-            mean, std = value_norm.stats()
-            values = buffer["values"] * std + mean  # (T, E, N)
-            goes_on = buffer["final_hidden"], torch.zeros_like(buffer["starts"])
-            _, _, next_values = guider.encode(buffer["final_obs"], buffer.get("final_state"), goes_on)
-            next_values = next_values * std + mean
-            rewards, terminations, truncations = (
-                buffer[name].unsqueeze(-1) for name in ("rewards", "terminations", "truncations")
-            )  # each (T, E, 1)
-            advantages, returns = compute_gae(
-                rewards, values, next_values, terminations, truncations, args.gamma, args.gae_lambda
-            )
-            value_norm.update(gather(returns))
-            mean, std = value_norm.stats()
-            buffer["returns"] = (returns - mean) / std
-            advantages = advantages / std
-            center, spread = gather(advantages).mean(), gather(advantages).std(correction=0)
-            buffer["advantages"] = (advantages - center) / (spread + 1e-8)
-            unexplained = gather(returns - values).var(correction=0) / gather(returns).var(correction=0).clamp(min=1e-30)
+            advantages, returns, explained_variance = estimate_advantages(buffer, guider, value_norm, args)
+            buffer |= dict(advantages=advantages, returns=returns)
             run.check_finite(iteration, buffer)
 
-        # Minibatches are parts of axis 1: with memory whole sequences, (T, E, ...), else single steps, (1, T E, ...)
-        batch = {name: x for name, x in buffer.items() if not name.startswith("final_")}
+        # Minibatches are parts of axis 1: E sequences (T, E, ...) with memory, else T E steps (1, T E, ...)
+        batch = {k: x for k, x in buffer.items() if not k.startswith("final_")}
         if not args.recurrent:
-            batch = {name: x.flatten(0, 1).unsqueeze(0) for name, x in batch.items()}
+            batch = {k: x.flatten(0, 1).unsqueeze(0) for k, x in batch.items()}
         metrics = []
         for _ in range(args.update_epochs):
             for index in torch.randperm(batch["obs"].shape[1], device=device).chunk(args.num_minibatches):
-                b = {name: x[:, index] for name, x in batch.items()}
-                mask, state, memory = b.get("action_mask"), b.get("state"), (b["hidden"][0], b["starts"])
+                b = {k: x[:, index] for k, x in batch.items()}
+                mask, state, past = b.get("action_mask"), b.get("state"), (b["hidden"][0], b["starts"])
 
                 # Both losses are computed at the same parameters, then both networks take their step
-                pi = learner(b["obs"], mask, memory)
+                pi = learner(b["obs"], mask, past)
                 if args.algo == "mappo":  # mu = pi: inner clip, mask and KL vanish, and Eq. 9 is PPO
                     mu = pi
-                    _, _, new_values = guider.encode(b["obs"], state, memory)
+                    _, _, new_values = guider.encode(b["obs"], state, past)
                 else:
-                    mu, new_values = guider(b["obs"], b["actions"], mask, state, memory)
+                    mu, new_values = guider(b["obs"], b["actions"], mask, state, past)
                 log_mu, log_pi = mu.log_prob(b["actions"]), pi.log_prob(b["actions"])  # (., batch, N)
 
                 # Step 2, guider update (Eq. 9): pi is a constant
@@ -507,26 +507,27 @@ def train(args, stop=()):
                 norm_pi = nn.utils.clip_grad_norm_(learner.parameters(), args.max_grad_norm)
                 optimizer.step()
                 metrics.append(dict(
-                    guider_loss=loss_mu, learner_loss=loss_pi, value_loss=loss_v, kl=kl.mean(), entropy=entropy,
-                    mask_frac=mask_frac, clip_frac=clip_frac, guider_grad_norm=norm_mu, learner_grad_norm=norm_pi,
+                    guider_loss=loss_mu, learner_loss=loss_pi, value_loss=loss_v, kl=kl.mean(),
+                    entropy=entropy, mask_frac=mask_frac, clip_frac=clip_frac,
+                    guider_grad_norm=norm_mu, learner_grad_norm=norm_pi,
                 ))  # fmt: skip
 
         # Step 4, guider backtracking: mu := pi. If soft, nothing is left to do, as Eq. 9 kept mu near pi
         if args.backtracking == "reset":
             backtrack(guider, learner)
-            hidden = hidden[:, :, [0, 0]]  # the memory, too
+            memory = memory[0][:, :, [0, 0]], memory[1]  # the learners' memory, too
 
-        over = gather(buffer["terminations"] | buffer["truncations"])
-        row = dict(guider_return=gather(buffer["episode_return"])[over].mean().item(), learner_return=math.nan)
-        row |= run.mean(iteration, metrics) | dict(explained_variance=1 - unexplained.item())
+        row = dict(guider_return=gather(buffer["episode_return"]).nanmean().item(), learner_return=math.nan)
+        row |= run.mean(iteration, metrics) | dict(explained_variance=explained_variance)
         if run.evaluates(iteration):
-            episodes = affordable(args.num_envs, args.eval_every * args.num_envs * args.num_steps, envs)
-            row["learner_return"] = evaluate(args, guider, learner, "learner", episodes, args.seed + 1, stop).mean().item()
+            episodes = affordable(args.num_envs, args.eval_every * run.samples, envs)
+            returns = evaluate(args, guider, learner, "learner", episodes, args.seed + 1, stop)
+            row["learner_return"] = returns.mean().item()
         run.log(iteration, row)
         if iteration % args.save_every == 0:
-            run.save(envs, memory=(hidden, starts), episode_return=episode_return)
+            run.save(envs, memory=memory, episode_return=episode_return)
 
-    run.save(envs, memory=(hidden, starts), episode_return=episode_return)
+    run.save(envs, memory=memory, episode_return=episode_return)
     envs.close()
     if run.leads and not stop:
         print_table(args, guider, learner, stop)
@@ -536,10 +537,10 @@ def train(args, stop=()):
 
 @torch.no_grad()
 def evaluate(args, guider, learner, policy, episodes, seed, stop=()):
-    """Team returns (episodes,) of fresh episodes, as many in every copy, or else short ones would count more often.
+    """Team returns (episodes,) of fresh episodes, as many of each copy, or short ones would count more.
 
-    policy: "guider" (sampled), "learner" (sampled) or "learner_greedy". Learners act from their own observations alone.
-    episodes: rounded up to a multiple of the copies. Those not over after max_episode_steps steps do not count.
+    policy: "guider" (sampled), "learner" (sampled) or "learner_greedy". Learners see what is their own.
+    episodes: rounded up to a multiple of the copies. One not over after max_episode_steps does not count.
     seed: of environments and sampling. Training's random numbers stay as they were.
     stop: a list. Once something is in it, evaluation ends.
     """
@@ -576,11 +577,11 @@ def evaluate(args, guider, learner, policy, episodes, seed, stop=()):
 
 
 def print_table(args, guider, learner, stop=()):
-    """Print mean team return and 95 % interval of learners and guider, beside the environment's references."""
+    """Print mean team return and 95 % interval of learners and guider, beside the references."""
     envs = make_envs(args, 1)
     episodes = affordable(args.eval_episodes, args.total_timesteps, envs)
     print(f"{args.env}, {args.algo}, seed {args.seed}: mean team return per episode")
-    for policy in ("learner", "learner_greedy") if args.algo == "mappo" else ("learner", "learner_greedy", "guider"):
+    for policy in ("learner", "learner_greedy", "guider")[: 2 if args.algo == "mappo" else 3]:
         returns = evaluate(args, guider, learner, policy, episodes, args.seed + 2, stop)
         interval = f"+- {1.96 * returns.std() / math.sqrt(len(returns)):.2f}" if len(returns) > 1 else ""
         won = "" if envs.win_return is None else f", {(returns > envs.win_return).float().mean():.0%} won"
@@ -593,8 +594,8 @@ def print_table(args, guider, learner, stop=()):
 def load(path, **changes):
     """Read a run's folder or checkpoint -> Args, Guider, Learner, on the CPU.
 
-    changes: options that replace the run's. The name of a pettingzoo: or gym: environment must be among them, as env,
-    since it is imported. Raises ValueError if the checkpoint cannot be read or does not fit.
+    changes: options that replace the run's. They must name a pettingzoo: or gym: environment, as env, since it
+    is imported. Raises ValueError if the checkpoint cannot be read or does not fit.
     """
     checkpoint = Checkpoint(path)
     args = Args(**checkpoint.options(**changes))

@@ -70,13 +70,28 @@ def validate(args):
     for good, message in (
         (max(args.gamma, args.gae_lambda) <= 1, "gamma and gae_lambda must lie in [0, 1]."),
         (args.delta > 1, f"delta must be above 1, but is {args.delta}: it bounds mu/pi from both sides."),
-        (units % args.num_minibatches == 0, "num_minibatches must divide num_envs x num_steps (num_envs if recurrent)."),
+        (
+            units % args.num_minibatches == 0,
+            "num_minibatches must divide num_envs x num_steps (num_envs if recurrent).",
+        ),
         (args.seed < 2**32, f"seed must lie in [0, 2**32), but is {args.seed}."),
-        (args.algo != "mappo" or args.backtracking == "soft", "mappo has no guider policy, so it knows no reset."),
+        (
+            args.algo != "mappo" or args.backtracking == "soft",
+            "mappo has no guider policy, so it knows no reset.",
+        ),
         (args.num_envs % WORLD == 0, f"num_envs must be a multiple of torchrun's processes, {WORLD}."),
-        (args.total_timesteps >= args.num_envs * args.num_steps, "total_timesteps is below num_envs x num_steps."),
-        (args.torch_threads <= cores, f"torch_threads is {args.torch_threads}, but this machine has {cores} cores."),
-        (args.num_workers in (0, args.num_envs), "num_workers must be 0, or num_envs for one process per copy."),
+        (
+            args.total_timesteps >= args.num_envs * args.num_steps,
+            "total_timesteps is below num_envs x num_steps.",
+        ),
+        (
+            args.torch_threads <= cores,
+            f"torch_threads is {args.torch_threads}, but this machine has {cores} cores.",
+        ),
+        (
+            args.num_workers in (0, args.num_envs),
+            "num_workers must be 0, or num_envs for one process per copy.",
+        ),
     ):
         if not good:
             raise ValueError(message)
@@ -88,9 +103,13 @@ def make_envs(args, num_envs, device="cpu"):
     try:
         kwargs = dict(**json.loads(args.env_kwargs))
     except (ValueError, TypeError):
-        raise ValueError(f"env_kwargs must be a JSON object such as '{{\"N\": 5}}', not {args.env_kwargs!r}.") from None
+        raise ValueError(
+            f"env_kwargs must be a JSON object such as '{{\"N\": 5}}', not {args.env_kwargs!r}."
+        ) from None
     if taken := kwargs.keys() & {"env_id", "num_envs", "device", "num_workers", "state"}:
-        raise ValueError(f"env_kwargs may not hold {', '.join(sorted(taken))}: magpo.py has options for these.")
+        raise ValueError(
+            f"env_kwargs may not hold {', '.join(sorted(taken))}: magpo.py has options for these."
+        )
     return make(args.env, num_envs, device, num_envs if args.num_workers else 0, args.state, **kwargs)
 
 
@@ -108,7 +127,9 @@ def whole(text):
 
 def parse(options):
     """sys.argv -> dict of those options of the dataclass magpo.Args that were given. Its comments are the help."""
-    parser = argparse.ArgumentParser("magpo.py", description=options.__doc__, argument_default=argparse.SUPPRESS)
+    parser = argparse.ArgumentParser(
+        "magpo.py", description=options.__doc__, argument_default=argparse.SUPPRESS
+    )
     parser.allow_abbrev, parser.error = False, refuse
     hints = typing.get_type_hints(options)
     for line in inspect.getsource(options).splitlines():

@@ -100,23 +100,35 @@ class Checkpoint:
             self.saved = saved = torch.load(self.path, map_location=device, weights_only=True)
             if saved["version"] != VERSION:
                 raise ValueError(f"its version is {saved['version']}, not {VERSION}")
-            if not all(x.isfinite().all() for network in ("guider", "learner") for x in saved[network].values()):
+            if not all(
+                x.isfinite().all() for network in ("guider", "learner") for x in saved[network].values()
+            ):
                 raise ValueError("its weights are not finite")
             if not all(type(value) in (int, float) for row in saved["rows"] for value in row.values()):
                 raise ValueError("its rows are not numbers")
-            self.iteration, self.rows, self.here = int(saved["iteration"]), list(saved["rows"]), dict(saved["here"])
-        except Exception as error:  # torch.load raises many kinds for missing, empty, cut, foreign and malicious files
+            self.iteration, self.rows, self.here = (
+                int(saved["iteration"]),
+                list(saved["rows"]),
+                dict(saved["here"]),
+            )
+        except (
+            Exception
+        ) as error:  # torch.load raises many kinds for missing, empty, cut, foreign and malicious files
             reason = error if type(error) is ValueError else f"{type(error).__name__}: {error}"
             reason = str(reason).split("\n")[0]
             raise ValueError(f"{self.path} cannot be read as a checkpoint of magpo.py: {reason}") from None
 
     def options(self, **changes):
         """The run's options, with changes -> dict. A file has no say in what is imported, or where to read and write."""
-        options = {k: v for k, v in self.saved["args"].items() if k not in ("runs_dir", "resume", "eval", "track")}
+        options = {
+            k: v for k, v in self.saved["args"].items() if k not in ("runs_dir", "resume", "eval", "track")
+        }
         if "env" in changes:
             options["env_kwargs"] = "{}"
         elif str(options["env"]).startswith(("pettingzoo:", "gym:")):
-            raise ValueError(f"{self.path} is of {options['env']}; add --env {options['env']} if you trust its code.")
+            raise ValueError(
+                f"{self.path} is of {options['env']}; add --env {options['env']} if you trust its code."
+            )
         return options | changes
 
     def load_into(self, **parts):
@@ -126,7 +138,9 @@ class Checkpoint:
                 part.load_state_dict(self.saved[name])
         except Exception as error:  # of another environment, other options, or a damaged file
             reason = str(error).strip().split("\n")[-1].strip()
-            raise ValueError(f"{self.path} does not fit this environment and these options: {reason}") from None
+            raise ValueError(
+                f"{self.path} does not fit this environment and these options: {reason}"
+            ) from None
 
 
 class Run:
@@ -171,13 +185,17 @@ class Run:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
         if cuda:
             torch.cuda.set_device(device)
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats itself only with one of these
+            os.environ.setdefault(
+                "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+            )  # cuBLAS repeats itself only with one of these
         self.generator = torch.cuda.default_generators[device.index] if cuda else torch.default_generator
         if WORLD > 1 and not dist.is_initialized():
             dist.init_process_group("nccl" if cuda else "gloo")
             atexit.register(dist.destroy_process_group)
         torch.use_deterministic_algorithms(self.args.torch_deterministic, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # it costs 2 %, and everything here is initialized
+        torch.utils.deterministic.fill_uninitialized_memory = (
+            False  # it costs 2 %, and everything here is initialized
+        )
         torch.set_num_threads(self.args.torch_threads)
         return device
 
@@ -191,14 +209,18 @@ class Run:
         try:
             self.path.mkdir(parents=True, exist_ok=bool(self.checkpoint))
             self.lock = open(self.path / "lock", "w")
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system frees it when this process ends
+            fcntl.flock(
+                self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB
+            )  # the system frees it when this process ends
             (self.path / "args.json").write_text(json.dumps(asdict(args), indent=1))
         except BlockingIOError:
             raise ValueError(f"{self.path} is in use by another process; wait for it, or stop it.") from None
         except OSError as error:
             raise ValueError(f"{self.path} cannot be written: {error}") from None
         self.writer = SummaryWriter(self.path, purge_step=self.iteration * self.samples + 1)
-        self.writer.add_text("args", "\n".join(f"    {name}: {value}" for name, value in asdict(args).items()))
+        self.writer.add_text(
+            "args", "\n".join(f"    {name}: {value}" for name, value in asdict(args).items())
+        )
         self.file = open(self.path / "metrics.csv", "a")  # empties it when the first row comes
         self.table = None
 
@@ -216,13 +238,17 @@ class Run:
     def iterations(self, envs, stop):
         """Numbers of the iterations still to go, until a process has something in its list `stop`. Says what counts."""
         args = asdict(self.args)
-        options = [f"{name} {value}" for name, value in args.items() if value != "" and name in self.args.given]
+        options = [
+            f"{name} {value}" for name, value in args.items() if value != "" and name in self.args.given
+        ]
         preset = [f"{name} {value}" for name, value in args.items() if name not in self.args.given]
         print(textwrap.fill(f"Options: {', '.join(options)}. From the preset: {', '.join(preset)}.", 110))
         if envs.note:
             print(envs.note)
         if self.num_iterations * self.samples < self.args.total_timesteps:
-            print(f"total_timesteps is cut to {self.num_iterations * self.samples}, a multiple of num_envs x num_steps.")
+            print(
+                f"total_timesteps is cut to {self.num_iterations * self.samples}, a multiple of num_envs x num_steps."
+            )
         self.bar = tqdm(
             range(self.iteration + 1, self.num_iterations + 1),
             unit="step",
@@ -249,7 +275,9 @@ class Run:
         if WORLD == 1 and here.get("device") == self.device.type:
             self.generator.set_state(here["generator"].cpu())
             return here
-        print("Episodes start anew: these environments cannot be saved, or not from this device or number of processes.")
+        print(
+            "Episodes start anew: these environments cannot be saved, or not from this device or number of processes."
+        )
         seed_everything(self.seed)
         return {}
 
@@ -257,23 +285,31 @@ class Run:
         """Raise FloatingPointError for what in a rollout, a dict of (T, ...), is first not to be finite."""
         first = {}
         for name, x in buffer.items():
-            if x.is_floating_point():
+            if x.is_floating_point() and name != "episode_return":  # nan where none ended
                 bad = ~x.isfinite().flatten(1).all(1)  # (T,)
                 if bad.any():
                     first[name] = bad.int().argmax().item()
         if first:
             name = min(first, key=first.get)
-            causes = dict(values="a learning rate too high", advantages="rewards too large", returns="rewards too large")
+            causes = dict(
+                values="a learning rate too high", advantages="rewards too large", returns="rewards too large"
+            )
             cause = causes.get(name, self.args.env)
-            raise FloatingPointError(f"iteration {iteration}: {name} not finite; likely cause: {cause}{self.kept()}")
+            raise FloatingPointError(
+                f"iteration {iteration}: {name} not finite; likely cause: {cause}{self.kept()}"
+            )
 
     def mean(self, iteration, metrics):
         """Means over minibatches (a list of dicts of scalars) and processes; FloatingPointError if one is not finite."""
-        columns = {name: torch.stack([row[name] for row in metrics]).detach().unsqueeze(0) for name in metrics[0]}
+        columns = {
+            name: torch.stack([row[name] for row in metrics]).detach().unsqueeze(0) for name in metrics[0]
+        }
         means = {name: gather(x).mean().item() for name, x in columns.items()}
         if bad := [name for name, mean in means.items() if not math.isfinite(mean)]:
             cause = "a learning rate too high"
-            raise FloatingPointError(f"iteration {iteration}: {bad[0]} not finite; likely cause: {cause}{self.kept()}")
+            raise FloatingPointError(
+                f"iteration {iteration}: {bad[0]} not finite; likely cause: {cause}{self.kept()}"
+            )
         return means
 
     def evaluates(self, iteration):
@@ -285,7 +321,14 @@ class Run:
         self.iteration, step = iteration, iteration * self.samples
         if not self.leads:
             return
-        row = dict(step=step, seconds=time.time() - self.start[0], cpu_seconds=time.process_time() - self.start[1]) | row
+        row = (
+            dict(
+                step=step,
+                seconds=time.time() - self.start[0],
+                cpu_seconds=time.process_time() - self.start[1],
+            )
+            | row
+        )
         if self.table is None:
             self.file.truncate(0)
             self.table = csv.DictWriter(self.file, row)
@@ -303,10 +346,14 @@ class Run:
         """Replace the checkpoint at once: whoever is killed meanwhile, or finds the disk full, leaves the old one whole."""
         if not self.leads:
             return
-        here = episodes | dict(envs=envs.state_dict(), generator=self.generator.get_state(), device=self.device.type)
+        here = episodes | dict(
+            envs=envs.state_dict(), generator=self.generator.get_state(), device=self.device.type
+        )
         contents = dict(version=VERSION, args=asdict(self.args), iteration=self.iteration, rows=self.rows)
         contents |= {name: part.state_dict() for name, part in self.parts.items()}
-        memory = io.BytesIO()  # so that a full disk is an OSError, and nothing is computed while the file is open
+        memory = (
+            io.BytesIO()
+        )  # so that a full disk is an OSError, and nothing is computed while the file is open
         torch.save(contents | {"here": here if here["envs"] and WORLD == 1 else {}}, memory)
         with open(self.path / "checkpoint.tmp", "wb") as file:
             file.write(memory.getbuffer())

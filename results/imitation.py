@@ -78,7 +78,7 @@ def main(seed: int = 1, episodes: int = 4096, updates: int = 2000):
             env = envs.make("mpe_spread", episodes)
             obs, _ = env.reset(seed=seed + 1)
             returns = 0.0
-            for _ in range(env.episode_length):
+            for _ in range(env.max_episode_steps):
                 obs, rewards, *_ = env.step(torch.distributions.Categorical(logits=net.params(obs)).sample())
                 returns = returns + rewards
         mean, ci95 = returns.mean().item(), 1.96 * (returns.var() / episodes).sqrt().item()

@@ -52,7 +52,7 @@ def render(args, learner, path, seed=1):
 def as_mpe2(env):
     """Name and options with which mpe2 makes the same environment as SimpleSpread's."""
     others, landmarks = env.seen
-    kwargs = dict(N=env.num_agents, max_cycles=env.episode_length, local_ratio=env.local_ratio)
+    kwargs = dict(N=env.num_agents, max_cycles=env.max_episode_steps, local_ratio=env.local_ratio)
     kwargs |= dict(continuous_actions=env.continuous)
     if env.seen != (None, None):  # options that older mpe2 does not have
         kwargs |= dict(num_agent_neighbors=others, num_landmark_neighbors=landmarks)
