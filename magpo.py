@@ -6,8 +6,8 @@ where paper, official code and this file differ.
 
 A team of N agents shares one reward. Two policies are trained together:
 
-    guider    mu(a|s) = prod_j mu(a^j | s, a^1..a^{j-1})    sees everything, acts agent by agent, to train with
-    learners  pi(a|o) = prod_i pi(a^i | o^i)                each sees its own observation; these you deploy
+    guider    mu(a|s) = prod_j mu(a^j | s, a^1..a^{j-1})   sees everything, acts agent by agent; to train with
+    learners  pi(a|o) = prod_i pi(a^i | o^i)               each sees its own observation; these you deploy
 
 Each iteration of train() takes the paper's four steps:
 
@@ -36,10 +36,7 @@ Distribution.set_default_validate_args(False)  # the checks would make a GPU wai
 
 @dataclass(kw_only=True)
 class Args:
-    """MAGPO: train decentralized learners with an autoregressive guider.
-
-    An option that is None takes the value of the environment's preset.
-    """
+    """Train decentralized learners with an autoregressive guider. None: the environment's preset decides."""
 
     # Environment
     env: str = "mpe_spread"  # name of an environment, see envs.py
@@ -221,7 +218,7 @@ class Guider(nn.Module):
         return self.own_head(features), encoded, self.value_head(encoded).squeeze(-1)
 
     def forward(self, obs, actions, action_mask=None, state=None, memory=None):
-        """obs (..., N, D), actions (..., N[, A]) -> mu given the actions before each agent, values (..., N)."""
+        """obs (..., N, D), actions (..., N[, A]) -> mu (each given the actions before), values (..., N)."""
         own_logits, encoded, values = self.encode(obs, state, memory)
         before = self.action_in(actions)[..., :-1, :]  # (..., N - 1, C)
         start = self.start.expand(*before.shape[:-2], 1, -1)
@@ -355,10 +352,7 @@ def learner_loss(log_pi, log_mu_old, advantages, kl, clip_coef, lam):
 
     The data is nearly on-policy for pi, because mu is held close to it. mu is a constant here.
 
-    Args, all of one shape but the last two:
-        log_pi, log_mu_old: log-probabilities of the action taken.
-        advantages, kl: A and KL(mu || pi).
-        clip_coef, lam: eps and lambda.
+    Arguments as in guider_loss; lam is lambda.
     """
     r_pi = (log_pi - log_mu_old).exp()
     clipped = r_pi.clamp(1 - clip_coef, 1 + clip_coef)
@@ -390,22 +384,25 @@ def build(args, envs):
 def estimate_advantages(buffer, guider, value_norm, args):
     """Rollout (T, E, ...) -> normalized advantages and returns (T, E, N), the critic's explained variance."""
     mean, std = value_norm.stats()
-    values = buffer["values"] * std + mean  # (T, E, N)
+    values = buffer["values"] * std + mean
     memory = buffer["final_hidden"], torch.zeros_like(buffer["starts"])
     _, _, next_values = guider.encode(buffer["final_obs"], buffer.get("final_state"), memory)
     next_values = next_values * std + mean
-    rewards, *ends = (
-        buffer[k].unsqueeze(-1) for k in ("rewards", "terminations", "truncations")
-    )  # (T, E, 1)
-    advantages, returns = compute_gae(rewards, values, next_values, *ends, args.gamma, args.gae_lambda)
-    all_returns, errors = gather(returns), gather(returns - values)  # of all processes
-    explained_variance = 1 - errors.var(correction=0) / all_returns.var(correction=0).clamp(min=1e-30)
+    rewards, terminations, truncations = (
+        buffer[name].unsqueeze(-1) for name in ("rewards", "terminations", "truncations")
+    )  # each (T, E, 1)
+    advantages, returns = compute_gae(
+        rewards, values, next_values, terminations, truncations, args.gamma, args.gae_lambda
+    )
+    all_returns, all_errors = gather(returns), gather(returns - values)  # of all processes
+    explained_variance = 1 - all_errors.var(correction=0) / all_returns.var(correction=0).clamp(min=1e-30)
+
     value_norm.update(all_returns)
     mean, std = value_norm.stats()
-    returns, advantages = (returns - mean) / std, advantages / std
-    over = gather(advantages)
-    advantages = (advantages - over.mean()) / (over.std(correction=0) + 1e-8)
-    return advantages, returns, explained_variance.item()
+    advantages = advantages / std
+    all_advantages = gather(advantages)
+    advantages = (advantages - all_advantages.mean()) / (all_advantages.std(correction=0) + 1e-8)
+    return advantages, (returns - mean) / std, explained_variance.item()
 
 
 def train(args, stop=()):
@@ -427,7 +424,6 @@ def train(args, stop=()):
     saved = run.restore(guider=guider, learner=learner, optimizer=optimizer, value_norm=value_norm)
     obs, infos = envs.reset(seed=run.seed, options=saved.get("envs"))
     memory = saved.get("memory") or new_memory(args, envs)
-    episode_return = saved.get("episode_return", torch.zeros(run.num_envs, device=device))
 
     for iteration in run.iterations(envs, stop):
         remaining = 1 - (iteration - 1) / run.num_iterations if args.anneal_lr else 1.0
@@ -445,26 +441,19 @@ def train(args, stop=()):
                     _, _, values = guider.encode(obs, state, memory)
                 else:
                     actions, logprobs, values = guider.act(obs, mask, state, memory)
-                hidden, starts = memory
-                step = dict(obs=obs, action_mask=mask, state=state, hidden=hidden, starts=starts)
-                step |= dict(actions=actions, logprobs=logprobs, values=values)
-
                 hidden = remember(guider, learner, obs, memory)
-                obs, rewards, terminations, truncations, infos = envs.step(actions)
+                next_obs, rewards, terminations, truncations, infos = envs.step(actions)
                 over = terminations | truncations
-                memory = hidden, over
-                step |= dict(rewards=rewards, terminations=terminations, truncations=truncations)
-                step |= dict(
-                    final_obs=infos["final_obs"], final_state=infos.get("final_state"), final_hidden=hidden
-                )
-                episode_return = episode_return + rewards
-                step |= dict(episode_return=episode_return.where(over, math.nan))
-                episode_return = episode_return * ~over
-                steps.append(step)
-            buffer = {
-                k: torch.stack([s[k] for s in steps]) for k, x in step.items() if x is not None
-            }  # (T, E, ...)
-
+                steps.append(dict(
+                    obs=obs, action_mask=mask, state=state, hidden=memory[0], starts=memory[1],
+                    actions=actions, logprobs=logprobs, values=values,
+                    rewards=rewards, terminations=terminations, truncations=truncations,
+                    final_obs=infos["final_obs"], final_state=infos.get("final_state"), final_hidden=hidden,
+                    episode_return=run.ended_returns(rewards, over),
+                ))  # fmt: skip
+                obs, memory = next_obs, (hidden, over)
+            # The rollout buffer, each (T, E, ...)
+            buffer = {k: torch.stack([s[k] for s in steps]) for k, x in steps[0].items() if x is not None}
             advantages, returns, explained_variance = estimate_advantages(buffer, guider, value_norm, args)
             buffer |= dict(advantages=advantages, returns=returns)
             run.check_finite(iteration, buffer)
@@ -525,9 +514,9 @@ def train(args, stop=()):
             row["learner_return"] = returns.mean().item()
         run.log(iteration, row)
         if iteration % args.save_every == 0:
-            run.save(envs, memory=memory, episode_return=episode_return)
+            run.save(envs, memory=memory)
 
-    run.save(envs, memory=memory, episode_return=episode_return)
+    run.save(envs, memory=memory)
     envs.close()
     if run.leads and not stop:
         print_table(args, guider, learner, stop)
@@ -594,8 +583,8 @@ def print_table(args, guider, learner, stop=()):
 def load(path, **changes):
     """Read a run's folder or checkpoint -> Args, Guider, Learner, on the CPU.
 
-    changes: options that replace the run's. They must name a pettingzoo: or gym: environment, as env, since it
-    is imported. Raises ValueError if the checkpoint cannot be read or does not fit.
+    changes: options that replace the run's. They must name a pettingzoo: or gym: environment, as env, since
+    it is imported. Raises ValueError if the checkpoint cannot be read or does not fit.
     """
     checkpoint = Checkpoint(path)
     args = Args(**checkpoint.options(**changes))

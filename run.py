@@ -268,18 +268,26 @@ class Run:
         That is empty at a start, or if the episodes start anew.
         """
         self.parts = parts
+        self.episode_return = torch.zeros(self.num_envs, device=self.device)  # so far, in each copy
         if not self.checkpoint:
             return {}
         self.checkpoint.load_into(**parts)
         here = self.checkpoint.here
         if WORLD == 1 and here.get("device") == self.device.type:
             self.generator.set_state(here["generator"].cpu())
+            self.episode_return = here["episode_return"]
             return here
         print(
             "Episodes start anew: these environments cannot be saved, or not from this device or number of processes."
         )
         seed_everything(self.seed)
         return {}
+
+    def ended_returns(self, rewards, over):
+        """Returns (E,) of the episodes that end with this step, nan where they go on."""
+        total = self.episode_return + rewards
+        self.episode_return = total * ~over
+        return total.where(over, math.nan)
 
     def check_finite(self, iteration, buffer):
         """Raise FloatingPointError for what in a rollout, a dict of (T, ...), is first not to be finite."""
