@@ -35,6 +35,12 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
 
+class EnvFailure(RuntimeError):
+    """An environment broke the contract while it ran; one sentence says which, in which copy or agent, and when.
+
+    If it raised an exception of its own, this is the __cause__."""
+
+
 def check_shape(actions, action_space):
     """The same actions; ValueError unless they have the space's shape."""
     if actions.shape != action_space.shape:
