@@ -98,10 +98,8 @@ class TupleEnv:
     def __init__(self, env):
         self.env, self.close = env, env.close
         self.agents = self.possible_agents = list(range(len(env.action_space)))
-        self.observation_space, self.action_space = (
-            env.observation_space.__getitem__,
-            env.action_space.__getitem__,
-        )
+        self.observation_space = env.observation_space.__getitem__
+        self.action_space = env.action_space.__getitem__
 
     def reset(self, seed=None):
         obs, info = unpack(self.env.reset(seed=seed), 2, "reset")
@@ -146,47 +144,41 @@ def find_module(name):
     raise ModuleNotFoundError(f"No module named {name!r} or 'pettingzoo.{name}'")
 
 
-def find_maker(env_id):
-    """The function that makes an environment of this name; ValueError if it is the name of none."""
-    kind, _, name = env_id.partition(":")
-    if kind == "gym":
-        for prefix, package in (("Foraging", "lbforaging"), ("rware", "rware")):
-            if name.startswith(prefix):
-                importlib.import_module(package)  # it registers its environments
-        return partial(gymnasium.make, name, disable_env_checker=True)
-    if not all(name.split(".")):
-        raise ValueError("it names no module, as mpe2.simple_spread_v3 does")
-    module = find_module(name)
-    if hasattr(module, "parallel_env"):
-        return module.parallel_env
-    if hasattr(module, "env") or hasattr(module, "raw_env"):
-        raise ValueError("it has no parallel_env: choose one where agents act at once, not in turns (AEC)")
-    raise ValueError(f"the module {module.__name__} is no environment: it has no parallel_env")
+def attempt(env_id, kwargs, function, *args):
+    """What the function returns for these options; ValueError in one sentence for whatever it raises."""
+    try:
+        return function(*args, **kwargs)
+    except ImportError as error:
+        reason = one_line(error)
+        raise ValueError(f"{env_id}: {reason}; correct the name, or pip install what is missing.") from error
+    except (Exception, SystemExit) as error:
+        raise ValueError(f"{env_id} cannot be made with the options {kwargs}: {one_line(error)}") from error
 
 
 def parallel_env(env_id, kwargs):
     """One environment with PettingZoo's parallel interface; ValueError if it cannot be made so."""
-    try:
-        maker = find_maker(env_id)
-    except ImportError as error:
-        raise ValueError(f"{env_id}: {error}; correct the name, or pip install what is missing.") from error
-    except (Exception, SystemExit) as error:
-        raise ValueError(f"{env_id} cannot be used: {error}.") from error
-    try:
-        env = maker(**kwargs)
-    except ImportError as error:
-        raise ValueError(f"{env_id}: {error}; correct the name, or pip install what is missing.") from error
-    except (Exception, SystemExit) as error:
-        raise ValueError(f"{env_id} cannot be made with the options {kwargs}: {one_line(error)}") from error
-    if hasattr(env, "agent_iter"):
-        raise ValueError(f"{env_id} acts in turns (AEC): choose one where agents act at once.")
-    if env_id.startswith("pettingzoo:"):
+    kind, _, name = env_id.partition(":")
+    if kind == "pettingzoo":
+        if not all(name.split(".")):
+            raise ValueError(f"{env_id} names no module, as pettingzoo:mpe2.simple_spread_v3 does.")
+        module = attempt(env_id, {}, find_module, name)
+        in_turns = hasattr(module, "env") or hasattr(module, "raw_env")
+        if not in_turns and not hasattr(module, "parallel_env"):
+            raise ValueError(f"{env_id} is no environment: the module {module.__name__} has no parallel_env.")
+        if hasattr(module, "parallel_env"):
+            env = attempt(env_id, kwargs, module.parallel_env)
+            in_turns = hasattr(env, "agent_iter")
+        if in_turns:
+            why = "no parallel_env: choose one where agents act at once, not in turns (AEC)"
+            raise ValueError(f"{env_id} has {why}.")
         return env
+    for prefix, package in (("Foraging", "lbforaging"), ("rware", "rware")):
+        if name.startswith(prefix):
+            attempt(env_id, {}, importlib.import_module, package)  # it registers its environments
+    env = attempt(env_id, kwargs, partial(gymnasium.make, name, disable_env_checker=True))
     tuples = [isinstance(space, spaces.Tuple) for space in (env.observation_space, env.action_space)]
     if not all(tuples) or len(env.observation_space) != len(env.action_space):
-        raise ValueError(
-            f"{env_id} is for a single agent: its spaces must be Tuples with one entry per agent."
-        )
+        raise ValueError(f"{env_id} is for a single agent: its spaces must be Tuples, one entry per agent.")
     return TupleEnv(env)
 
 
@@ -217,7 +209,7 @@ class Team(gymnasium.Env):
     truncation, too, unless this environment has shown that it tells the two apart.
 
     What the environment does wrong is not raised, but returned as info["failure"], an EnvFailure: from a
-    worker process the user's own exception could not be sent. info["mixed"]: it gave rewards of both signs at once.
+    worker process the user's own exception could not be sent. info["mixed"]: it gave rewards of both signs.
 
     Args:
         env_id, kwargs, state: as in `make`.
@@ -257,9 +249,8 @@ class Team(gymnasium.Env):
             self.all_allowed = (np.arange(counts.max()) < counts[:, None]).astype(np.int8)  # (N, A)
             parts["action_mask"] = spaces.MultiBinary(self.all_allowed.shape)
         else:
-            self.action_space = spaces.Box(
-                0.0, 1.0, (len(self.ids), spaces.flatdim(self.acts[0])), np.float32
-            )
+            num_actions = spaces.flatdim(self.acts[0])
+            self.action_space = spaces.Box(0.0, 1.0, (len(self.ids), num_actions), np.float32)
         if state:
             parts["state"] = spaces.Box(-np.inf, np.inf, (self.state_dim,))
         self.observation_space = spaces.Dict(parts)
@@ -276,11 +267,11 @@ class Team(gymnasium.Env):
         elif not self.discrete and len({space.shape for space in self.acts}) > 1:
             wrong = f"has continuous actions of several sizes, {self.acts}: choose discrete ones"
         elif not self.discrete:
-            for bound in (bound for space in self.acts for bound in (space.low, space.high)):
-                # Of integers, float64 can count no further
-                if not np.isfinite(bound).all() or (
-                    bound.dtype.kind in "iu" and (abs(bound / 2) >= 2**51).any()
-                ):
+            for space in self.acts:
+                most = (
+                    np.finfo(space.dtype).max if space.dtype.kind == "f" else 2**52
+                )  # float64 counts so far
+                if (np.abs(np.float64([space.low, space.high])) > most).any():
                     wrong = "has actions without bounds: wrap it so that they lie in a finite box"
         if wrong:
             raise ValueError(f"{self.env_id} {wrong}.")
@@ -289,10 +280,7 @@ class Team(gymnasium.Env):
         try:
             self.env.reset(seed=0)
             return np.size(self.env.state())
-        except (
-            NotImplementedError,
-            AttributeError,
-        ):  # the first is PettingZoo's own answer where there is none
+        except NotImplementedError:  # PettingZoo's own answer where there is none
             raise ValueError(f"{self.env_id} has no state(): leave state=True away.") from None
         except Exception as error:
             raise ValueError(f"{self.env_id} cannot show its state(): {one_line(error)}") from error
@@ -305,9 +293,8 @@ class Team(gymnasium.Env):
         super().reset(seed=seed)
         if seed is not None and self.alone:
             Generators(seed).swap()
-        if (
-            seed is None
-        ):  # never passed on, because some environments then ask the operating system for a seed
+        if seed is None:
+            # Not passed on, because some environments then ask the operating system for a seed
             seed = int(self.np_random.integers(2**31))
         self.time, self.left, self.present = 0, set(), set()
         (arrays, *_), info = self._attempt(self._reset, seed)
@@ -387,10 +374,8 @@ class Team(gymnasium.Env):
 
     def _reward(self, rewards):
         """Check the rewards -> their mean over all agents; Breach if the agents compete."""
-        values = [
-            number(x, f"the reward of agent {agent!r}")
-            for agent, x in self._by_agent(rewards, "rewards").items()
-        ]
+        rewards = self._by_agent(rewards, "rewards")
+        values = [number(reward, f"the reward of agent {agent!r}") for agent, reward in rewards.items()]
         if missing := self.present - rewards.keys():
             raise Breach(f"agent {min(missing, key=self.ids.index)!r} has no reward")
         total, size = sum(values), sum(map(abs, values))
@@ -486,9 +471,8 @@ class Team(gymnasium.Env):
         """One agent's row (A,) of the action mask. Who may do nothing at all may choose action 0."""
         mask, row, size = np.asarray(mask), self.all_allowed[i].copy(), int(self.acts[i].n)
         if mask.shape not in ((size,), row.shape) or not ((mask == 0) | (mask == 1)).all():
-            raise Breach(
-                f"the action mask of agent {self.ids[i]!r} is {one_line(mask)}, not {size} times 0 or 1"
-            )
+            what = f"the action mask of agent {self.ids[i]!r}"
+            raise Breach(f"{what} is {one_line(mask)}, not {size} times 0 or 1")
         row[: len(mask)] *= mask.astype(bool)
         row[0] |= not row.any()
         return row
@@ -508,9 +492,8 @@ def in_worker(main, env_id, kwargs, state, copy):
     try:
         team = Team(env_id, kwargs, state, copy)
     except ValueError as error:
-        raise SystemExit(
-            1 if copy else f"In a worker: {error}"
-        ) from None  # a text goes to stderr; one is enough
+        # A text goes to stderr, and one is enough
+        raise SystemExit(1 if copy else f"In a worker: {error}") from None
     team.alone = True
     return team
 
@@ -526,10 +509,10 @@ class AdaptedEnv(VectorWrapper):
     note = "the team's reward is the mean over agents"
 
     def __init__(self, env_id, num_envs, device="cpu", num_workers=0, state=False, **kwargs):
+        if not is_count(num_envs):
+            raise ValueError(f"num_envs must be a whole number of at least 1, but is {num_envs!r}.")
         if num_workers not in (0, num_envs):
-            raise ValueError(
-                f"num_workers must be 0 or num_envs ({num_envs}): gymnasium runs one process per copy."
-            )
+            raise ValueError(f"num_workers must be 0 or num_envs ({num_envs}): a process for each copy.")
         self.env_id, self.device, self.time, self.generators = env_id, torch.device(device), 0, Generators(0)
         maker = partial(in_worker, os.getpid()) if num_workers else Team
         copies = [partial(maker, env_id, kwargs, state, copy) for copy in range(num_envs)]
@@ -558,12 +541,10 @@ class AdaptedEnv(VectorWrapper):
         """
         if options:
             raise ValueError(f"{self.env_id} cannot be saved in mid-episode: reset it without options.")
-        if (
-            seed is not None
-        ):  # gymnasium's seed + i would let runs with neighbouring seeds share most of their copies
-            *seed, last = (
-                int(word) for word in np.random.SeedSequence(seed).generate_state(self.num_envs + 1)
-            )
+        if seed is not None:
+            # gymnasium's seed + i would let runs with neighbouring seeds share most of their copies
+            words = np.random.SeedSequence(seed).generate_state(self.num_envs + 1)
+            *seed, last = map(int, words)
             self.generators = Generators(last)
         self.time = 0
         arrays, _ = self._call(self.env.reset, seed=seed)
@@ -583,9 +564,8 @@ class AdaptedEnv(VectorWrapper):
         actions = check_shape(torch.as_tensor(actions).cpu().numpy(), self.action_space)
         self.time += 1
         arrays, rewards, *ends, infos = self._call(self.env.step, actions)
-        obs, infos = self._results(
-            arrays, {i: infos["final_obs"][i] for i in np.flatnonzero(ends[0] | ends[1])}
-        )
+        last = {i: infos["final_obs"][i] for i in np.flatnonzero(ends[0] | ends[1])}
+        obs, infos = self._results(arrays, last)
         rewards = torch.as_tensor(rewards, dtype=torch.float32, device=self.device)
         return obs, rewards, *(torch.as_tensor(x, device=self.device) for x in ends), infos
 
@@ -632,6 +612,4 @@ class AdaptedEnv(VectorWrapper):
         return infos.pop("obs"), infos
 
     def _tensor(self, array):
-        return torch.tensor(
-            array, device=self.device
-        )  # a copy, since gymnasium overwrites the array in the next step
+        return torch.tensor(array, device=self.device)  # a copy: gymnasium overwrites the array
