@@ -367,8 +367,7 @@ class Team(gymnasium.Env):
         if space.dtype.kind in "iub":  # every integer has an equal part of [0, 1]
             low, high = space.low.astype(np.int64), space.high.astype(np.int64)
             action = np.minimum(low + np.floor(share * (high - low + 1)).astype(np.int64), high)
-        else:  # in the space's own precision; rounding may still leave the box
-            share = share.astype(space.dtype)
+        else:  # rounding may leave the box
             action = np.clip(space.low * (1 - share) + space.high * share, space.low, space.high)
         return np.asarray(action, space.dtype)
 

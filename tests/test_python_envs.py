@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import types
+import warnings
 
 import gymnasium
 import numpy as np
@@ -175,6 +176,8 @@ def test_workers_change_nothing_and_leave_the_process_alone():
         assert all(torch.equal(one[-1][name], two[-1][name]) for name in one[-1])
         assert one[0].shape == (2, 2, 11) and (one[0][:, 0, 3:] == 0).all() and (one[0][:, 1] != 0).any()
         assert one[-1]["action_mask"].tolist() == [[[True] * 3 + [False] * 2, [True] * 5]] * 2
+    os.kill(pair[1].env.processes[0].pid, signal.SIGINT)  # a Ctrl-C for the whole group
+    torch.testing.assert_close(*(env.step(torch.zeros(2, 2, dtype=torch.long))[0] for env in pair))
     pair[1].close()
     with pytest.raises(ValueError, match=r"num_workers must be 0 or num_envs \(2\)"):
         envs.make(SPEAKER, 2, num_workers=3)
@@ -273,7 +276,9 @@ def test_an_end_at_the_environments_own_limit_is_a_truncation(name, late):
     assert env.max_episode_steps == 4
     *_, (_, _, over, timeout, infos) = play(env, 4)
     assert timeout.all() and not over.any() and (infos["final_obs"][:, 0, :2] == 4).all()
-    over, timeout = play(fake_tuple(**{name: 9}, play=lambda time: (1.0, time == 4, False, {})), 4)[-1][2:4]
+    for copy in copies(env):
+        setattr(copy.env.unwrapped, name, 9)  # from one episode to the next
+    over, timeout = play(env, 4)[-1][2:4]
     assert over.all() and not timeout.any()
 
 
@@ -383,7 +388,15 @@ def test_environments_draw_their_own_numbers_from_all_three_generators(num_worke
     everything = torch.stack([drawn, more, numbers(other, seed=4), numbers(other)])
     for kind in range(3):  # random, np.random, torch
         assert len(everything[..., kind].unique()) == everything[..., kind].numel()
-    first.close(), other.close()
+    torch.set_num_threads(2)
+    fresh = fake(
+        luck=True, num_workers=num_workers, reward=lambda time, agent: float(torch.get_num_threads())
+    )
+    one, two = fresh.reset()[0].flatten(1)  # without any seed
+    assert not torch.isin(one, two).any()
+    assert not num_workers or (fresh.step(torch.zeros(2, 3, dtype=torch.long))[1] == 1).all()
+    torch.set_num_threads(1)
+    first.close(), other.close(), fresh.close()
 
 
 def test_seeds_repeat_and_neighbours_share_no_copies():
@@ -439,6 +452,11 @@ def test_a_broken_contract_is_one_sentence(spoil, sentence):
 BOXES = dict.fromkeys("abc", spaces.Box(0, 1, (2,)))
 
 
+def late(env, results):
+    env.agents.remove("b")
+    return results
+
+
 def tuple_gives(*results):
     return lambda: fake_tuple(play=lambda time: results)
 
@@ -452,6 +470,7 @@ def tuple_gives(*results):
         ),
         (lambda: fake(spoil=lambda env, results: ({}, {})), "reset of copy 0: agent 'a' has no observation"),
         (lambda: fake(leaves={"b": (2, "terminated")}, acts=BOXES), "step 2 .*'b' leaves .*cannot be masked"),
+        (lambda: fake(acts=BOXES, spoil=late), "reset of copy 0: the agents {'b'} are not there"),
         (tuple_gives(None, False, False, {}), "step 1 .*reward of agent 0 is None"),
         (tuple_gives([1, 2, 3], False, False, {}), "step 1 .*3 rewards for 2 agents"),
         (tuple_gives(1, False, False, {"action_mask": [1]}), "1 action masks for 2 agents"),
@@ -552,21 +571,26 @@ def test_a_state_of_those_present_alone_is_one_sentence(monkeypatch):
 
 # ---- Competition -------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("start", [1, 30])
-def test_zero_sum_rewards_are_refused_whenever_they_start(start):
-    scale = {"a": 1e-5, "b": 1e-5, "c": -2e-5}
-    env = fake(reward=lambda time, agent: 0.0 if len(copies(env)[0].taken) < start else scale[agent])
+@pytest.mark.parametrize("scale", [1e-9, 1e9 / 9])
+def test_zero_sum_rewards_are_refused_whenever_they_start(start, scale):
+    share = {"a": 0.1, "b": 0.7, "c": -0.8}  # rounded, these add up to nearly zero
+    env = fake(reward=lambda time, agent: share[agent] * scale * (len(copies(env)[0].taken) >= start))
     play(env, start + 3)
     with pytest.raises(EnvFailure, match="MAGPO needs a shared goal"):
         env.step(torch.zeros(2, 3, dtype=torch.long))
 
 
 def test_opposite_signs_alone_are_said_once():
-    env = fake(reward=lambda time, agent: 1.0 if agent == "a" else -0.1)
+    """As soon as a step shows that they are no competition; here the third does."""
+    share = {"a": 1.0, "b": -0.1, "c": -0.9}
+    env = fake(reward=lambda time, agent: 3.0 if len(copies(env)[0].taken) == 3 else share[agent])
+    with warnings.catch_warnings(action="error"):
+        play(env, 2)
     with pytest.warns(
         UserWarning, match="pettingzoo:fake rewards some agents while it punishes others"
     ) as said:
-        rewards = [step[1] for step in play(env, 45)[1:]]
-    assert len(said) == 1 and torch.allclose(torch.stack(rewards), torch.tensor(0.8 / 3))
+        rewards = [env.step(torch.zeros(2, 3, dtype=torch.long))[1] for _ in range(45)]
+    assert len(said) == 1 and torch.allclose(torch.stack(rewards)[:, 0], torch.tensor([3.0] + [0.0] * 44))
 
 
 # ---- Names -------------------------------------------------------------------------------------------------
