@@ -88,7 +88,7 @@ def unpack(results, count, function):
     """The same tuple; Breach unless it has that many entries."""
     if not isinstance(results, tuple) or len(results) != count:
         size = f"{len(results)} values" if isinstance(results, tuple) else f"a {type(results).__name__}"
-        raise Breach(f"{function} returns {size}, not {count} values")
+        raise Breach(f"{function} returns {size} instead of a tuple of {count}")
     return results
 
 

@@ -436,8 +436,8 @@ BROKEN = [
     (change(4, {"action_mask": np.ones(2)}), "action mask of agent 'b' is array.*not 3 times 0 or 1"),
     (change(4, {"action_mask": np.full(3, -np.inf)}), "not 3 times 0 or 1"),
     (lambda results: (*results[:4], [{}]), r"the infos are \[{}\]"),
-    (lambda results: results[:4], "step returns 4 values, not 5"),
-    (lambda results: list(results), "step returns a list, not 5 values"),
+    (lambda results: results[:4], "step returns 4 values instead of a tuple of 5"),
+    (lambda results: list(results), "step returns a list instead"),
 ]
 
 
@@ -466,7 +466,7 @@ def tuple_gives(*results):
     [
         (
             lambda: fake(spoil=lambda env, results: results[0]),
-            "reset of copy 0: reset returns a dict, not 2 ",
+            "reset of copy 0: reset returns a dict instead",
         ),
         (lambda: fake(spoil=lambda env, results: ({}, {})), "reset of copy 0: agent 'a' has no observation"),
         (lambda: fake(leaves={"b": (2, "terminated")}, acts=BOXES), "step 2 .*'b' leaves .*cannot be masked"),
