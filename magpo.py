@@ -336,8 +336,8 @@ def guider_loss(log_mu, log_pi, log_mu_old, advantages, kl, clip_coef, delta):
     bound = math.log(delta)
     log_gap = log_mu - log_pi
     r = (log_mu - log_mu_old).exp()
-    rho = (log_gap.clamp(-bound, bound) + log_pi - log_mu_old).exp()
-    rho = rho.clamp(1 - clip_coef, 1 + clip_coef)
+    inner = (log_gap.clamp(-bound, bound) + log_pi - log_mu_old).exp()
+    rho = inner.clamp(1 - clip_coef, 1 + clip_coef)
     m = (log_gap.abs() > bound).to(kl.dtype)
     loss = -torch.min(r * advantages, rho * advantages) + m * kl
     clipped = ((r - 1).abs() > clip_coef).to(kl.dtype)
@@ -388,12 +388,8 @@ def estimate_advantages(buffer, guider, value_norm, args):
     memory = buffer["final_hidden"], torch.zeros_like(buffer["starts"])
     _, _, next_values = guider.encode(buffer["final_obs"], buffer.get("final_state"), memory)
     next_values = next_values * std + mean
-    rewards, terminations, truncations = (
-        buffer[name].unsqueeze(-1) for name in ("rewards", "terminations", "truncations")
-    )  # each (T, E, 1)
-    advantages, returns = compute_gae(
-        rewards, values, next_values, terminations, truncations, args.gamma, args.gae_lambda
-    )
+    rewards, *ends = (buffer[name] for name in ("rewards", "terminations", "truncations"))  # each (T, E, 1)
+    advantages, returns = compute_gae(rewards, values, next_values, *ends, args.gamma, args.gae_lambda)
     all_returns, all_errors = gather(returns), gather(returns - values)  # of all processes
     explained_variance = 1 - all_errors.var(correction=0) / all_returns.var(correction=0).clamp(min=1e-30)
 
@@ -447,7 +443,8 @@ def train(args, stop=()):
                 steps.append(dict(
                     obs=obs, action_mask=mask, state=state, hidden=memory[0], starts=memory[1],
                     actions=actions, logprobs=logprobs, values=values,
-                    rewards=rewards, terminations=terminations, truncations=truncations,
+                    rewards=rewards[:, None],
+                    terminations=terminations[:, None], truncations=truncations[:, None],
                     final_obs=infos["final_obs"], final_state=infos.get("final_state"), final_hidden=hidden,
                     episode_return=run.ended_returns(rewards, over),
                 ))  # fmt: skip
@@ -539,13 +536,12 @@ def evaluate(args, guider, learner, policy, episodes, seed, stop=()):
     copies = min(episodes, args.num_envs)
     rounds = math.ceil(episodes / copies)
     envs = make_envs(args, copies, device)
-    copy = torch.arange(copies, device=device)
-    played = torch.zeros(copies, dtype=torch.long, device=device)
-    returns = torch.zeros(rounds + 1, copies, device=device)  # the last row takes what comes after all rounds
     memory = new_memory(args, envs)
+    played, total = torch.zeros(2, copies, device=device)  # episodes so far, return of the present one
+    returns = [total[:0]]
     with seeded(seed, device):
         obs, infos = envs.reset(seed=seed)
-        for _ in progress(rounds * envs.max_episode_steps, policy, stop):
+        for _ in progress(rounds * (envs.max_episode_steps + 1), policy, stop):
             mask, state = infos.get("action_mask"), infos.get("state")
             if policy == "guider":
                 actions, _, _ = guider.act(obs, mask, state, memory)
@@ -556,13 +552,13 @@ def evaluate(args, guider, learner, policy, episodes, seed, stop=()):
             obs, rewards, terminations, truncations, infos = envs.step(actions)
             over = terminations | truncations
             memory = hidden, over
-            returns[played, copy] += rewards
-            played = (played + over).clamp(max=rounds)
-            if (played == rounds).all():
+            total = total + rewards
+            returns.append(total[over & (played < rounds)])
+            total, played = total * ~over, played + over
+            if (played >= rounds).all():
                 break
     envs.close()
-    finished = torch.arange(rounds, device=device).unsqueeze(1) < played  # (rounds, copies)
-    return returns[:-1][finished]
+    return torch.cat(returns)
 
 
 def print_table(args, guider, learner, stop=()):
