@@ -346,11 +346,15 @@ def make(env_id, num_envs, device="cpu", num_workers=0, state=False, **kwargs):
         from adapters.python_envs import AdaptedEnv
 
         return AdaptedEnv(env_id, num_envs, device, num_workers, state, **kwargs)
+    if num_workers:
+        raise ValueError(f"{env_id} computes all its copies at once: leave num_workers at 0.")
+    if env_id.startswith(("lbf:", "rware:", "connector:", "smax:")):
+        from adapters.jax_envs import JaxEnv
+
+        return JaxEnv(env_id, num_envs, device, state, **kwargs)
     if env_id not in ENVS:
         raise ValueError(f"There is no environment {env_id!r}; choose one of {', '.join(ENVS)}, pettingzoo:<module>, gym:<id>.")
     env_class, defaults = ENVS[env_id]
-    if num_workers:
-        raise ValueError(f"{env_id} computes all its copies at once: leave num_workers at 0.")
     if state:
         if env_class is not SimpleSpread:
             raise ValueError(f"{env_id} has no state beyond its observations: leave state=True away.")
