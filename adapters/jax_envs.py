@@ -114,7 +114,7 @@ def connector_view(grid, num_agents):
 
     On the grid agent i's path is 3 i + 1, its head 3 i + 2 and its target 3 i + 3. It sees where its head and
     its target are, over G^2 (not G; a target is at (0, 0) once it is reached). Two 5 x 5 windows around its
-    head show heads as 1 and paths as -1, and its own target as 1 and others' as -1; off the grid, both show 1.
+    head show heads as 1 and paths as -1, and its own target as 1 and others' as -1. Off the grid both show 1.
     """
     kind = jnp.where(grid > 0, (grid - 1) % 3, -1)  # 0 path, 1 head, 2 target
     blockers = jnp.where(kind == 1, 1, jnp.where(kind == 0, -1, 0))
