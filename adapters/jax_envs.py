@@ -32,7 +32,7 @@ from gymnasium.vector.utils import batch_space
 from envs import check_shape
 
 # XLA reads both when it starts. JAX would take three quarters of a GPU, of which torch needs its share.
-# One thread does as many steps per CPU-second or more, and leaves the other cores to torch.
+# One thread does 2 to 8 % more steps per CPU-second, and leaves the other cores to torch.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1")
 
@@ -48,8 +48,8 @@ jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 # Mean team returns: first of random allowed actions, in 512 episodes (`python -m tests.test_jax_envs` prints
 # them), then MAPPO's and Sable's as published after 20 M steps (Sable, ICML 2025, Table 5: best parameters,
-# mean of 10 seeds). Connector's published scores never exceed 1, so we take them for means over agents: here they
-# stand times N, for our sums.
+# mean of 10 seeds). Connector's published scores never exceed 1, so we take them for means over agents: they
+# stand here times N, for our sums.
 # fmt: off
 TASKS = {
     "lbf": {
