@@ -32,7 +32,7 @@ from gymnasium.vector.utils import batch_space
 from envs import check_shape
 
 # XLA reads both when it starts. JAX would take three quarters of a GPU, of which torch needs its share.
-# One thread does 2 to 8 % more steps per CPU-second, and leaves the other cores to torch.
+# One thread does slightly more more steps per CPU-second, and leaves the other cores to torch.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1")
 
