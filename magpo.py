@@ -6,18 +6,21 @@ where paper, official code and this file differ.
 
 A team of N agents shares one reward. Two policies are trained together:
 
-    guider    mu(a|s) = prod_j mu(a^j | s, a^1..a^{j-1})   sees everything, acts agent by agent; to train with
+    guider    mu(a|s) = prod_j mu(a^j | s, a^1..a^{j-1})   acts agent by agent, sees all observations (s); it is
+                                                           for training only
     learners  pi(a|o) = prod_i pi(a^i | o^i)               each sees its own observation; these you deploy
 
-Each iteration of train() takes the paper's four steps:
+Each iteration of train() takes the paper's four steps. Steps 2 and 3 take turns, minibatch by minibatch:
 
     1. data collection      roll out the guider mu
-    2. guider update        PPO on mu, but mu may not leave 1/delta <= mu/pi <= delta                 (Eq. 9)
+    2. guider update        PPO on mu, held back from leaving 1/delta <= mu/pi <= delta               (Eq. 9)
     3. learner update       pi imitates mu, and also improves on the team's reward by itself          (Eq. 10)
-    4. guider backtracking  mu := pi. In practice Eq. 9's bound does it; to the letter, --backtracking reset
+    4. guider backtracking  mu := pi. In practice Eq. 9's bound stands for it; --backtracking reset does it
 
-Shapes: T steps, E environments, N agents, D features of an observation, A actions of an agent, S features of
-a global state, C width of a layer. "..." stands for any leading dimensions.
+mu/pi, the KL and the entropy are those of one agent, given the actions before its own.
+
+Shapes: T steps, E environments, N agents, D features of an observation, S of a global state, A actions of an
+agent, H width of the layers on an observation, C of the attention. "..." stands for any leading dimensions.
 """
 
 import math
@@ -42,7 +45,7 @@ class Args:
     env: str = "mpe_spread"  # name of an environment, see envs.py
     env_kwargs: str = "{}"  # options of the environment's constructor, as JSON, such as '{"num_agents": 5}'
     num_envs: int | None = None  # E, parallel copies of the environment
-    num_workers: int = 0  # of pettingzoo: and gym: environments: 0 for none, or num_envs, a process per copy
+    num_workers: int = 0  # processes of a pettingzoo or gym environment: 0, or num_envs for one per copy
     state: bool = False  # show the environment's global state to the guider, and to it alone
     # PPO, under CleanRL's names
     total_timesteps: int | None = None  # environment steps of training, all copies together
@@ -51,17 +54,17 @@ class Args:
     anneal_lr: bool = True  # lower the learning rate and the entropy bonus linearly to zero
     gamma: float | None = None  # discount factor
     gae_lambda: float = 0.9  # lambda of generalized advantage estimation (not the paper's lambda)
-    num_minibatches: int | None = None  # per epoch: of single steps, or with memory of whole sequences
+    num_minibatches: int | None = None  # per epoch; they split steps, or whole sequences if recurrent
     update_epochs: int | None = None  # passes over each rollout
     clip_coef: float = 0.2  # epsilon of Eq. 9 and 10: the importance ratio's clip
     ent_coef: float | None = None  # c_ent of Eq. 9: the guider's entropy bonus at the start
     vf_coef: float = 0.5  # c_v of Eq. 9: weight of the value loss
-    max_grad_norm: float | None = None  # at which guider's and learners' gradients are clipped, each alone
+    max_grad_norm: float | None = None  # limit of the gradient's norm, of guider and of learners apart
     # MAGPO
     algo: Literal["magpo", "mappo", "ctds"] = "magpo"  # mappo: PPO on the learners; ctds: delta inf and lam 0
     delta: float | None = None  # delta of Eq. 9, above 1: 1/delta <= mu/pi <= delta; inf for no bound
     lam: float | None = None  # lambda of Eq. 10: weight of the learners' own RL loss
-    backtracking: Literal["soft", "reset"] = "soft"  # step 4: the bound, or mu := pi with delta inf, lam 0
+    backtracking: Literal["soft", "reset"] = "soft"  # step 4: soft is the bound, reset the theory's mu := pi
     recurrent: bool = False  # give guider and learners a memory, a GRU over time
     embed_dim: int = 32  # width of the guider's and the critic's attention
     hidden_dim: int | None = None  # width of the layers on an observation, of learners, guider and critic
@@ -80,7 +83,7 @@ class Args:
 
     def __post_init__(self):
         apply_preset(self)
-        if self.algo == "ctds" or self.backtracking == "reset":
+        if self.algo == "ctds" or self.backtracking == "reset":  # neither baseline nor theory has them
             self.delta = math.inf
         if self.algo != "magpo" or self.backtracking == "reset":
             self.lam = 0.0
@@ -117,32 +120,53 @@ def constant(policy):
     return Independent(Normal(policy.base_dist.loc.detach(), policy.base_dist.scale.detach()), 1)
 
 
-class ObsEncoder(nn.Module):
-    """Features (..., N, C) of each agent's own observation (..., N, D) and id; with memory, of its past, too.
+def new_memory(args, envs):
+    """Memory at the start of an episode in all copies: (hidden, starts). Every network takes it as `memory`.
 
-    Three tanh layers. Row i of agent_id does what a one-hot id appended to the observation would do.
+    hidden: (E, N, 3, H), states of three GRUs before an observation. The axis of 3 is the `slot`: 0 for the
+        learners, 1 for the guider's own policy, 2 for its attention and critic. Without memory H is 0.
+    starts: (E,) bool, or (T, E) for sequences: where an observation begins an episode, with a state of zero.
+    """
+    E, N, _ = envs.observation_space.shape
+    hidden = torch.zeros(E, N, 3, args.hidden_dim if args.recurrent else 0, device=envs.device)
+    return hidden, torch.ones(E, dtype=torch.bool, device=envs.device)
+
+
+def remember(guider, learner, obs, memory):
+    """Hidden states (E, N, 3, H) after obs (E, N, D): what the recurrent encoders give as features."""
+    if learner.obs_encoder.gru is None:
+        return memory[0]
+    encoders = learner.obs_encoder, guider.own.obs_encoder, guider.obs_encoder
+    return torch.stack([encoder(obs, memory) for encoder in encoders], -2)
+
+
+class ObsEncoder(nn.Module):
+    """Features (..., N, H) of each agent's own observation and id; if recurrent, of its past as well.
+
+    Three tanh layers. Row i of agent_id adds what a one-hot id, appended to the observation, would add.
     """
 
-    def __init__(self, num_agents, obs_dim, dim, recurrent=False, slot=0):
+    def __init__(self, num_agents, obs_dim, hidden_dim, recurrent=False, slot=0):
         super().__init__()
-        self.slot = slot  # whose part of the memory is read: 0 learner, 1 guider
-        self.agent_id = nn.Parameter(0.2 * torch.randn(num_agents, dim))
-        self.obs_in = linear(obs_dim, dim, 3.0)
-        self.hidden = linear(dim, dim, 5 / 3)
-        self.out = linear(dim, dim, 5 / 3)
-        self.gru = nn.GRUCell(dim, dim) if recurrent else None
+        self.slot = slot
+        self.agent_id = nn.Parameter(0.2 * torch.randn(num_agents, hidden_dim))
+        self.obs_in = linear(obs_dim, hidden_dim, 3.0)
+        self.middle = linear(hidden_dim, hidden_dim, 5 / 3)
+        self.out = linear(hidden_dim, hidden_dim, 5 / 3)
+        self.gru = nn.GRUCell(hidden_dim, hidden_dim) if recurrent else None
 
     def forward(self, obs, memory=None):
-        """obs (..., N, D), memory before it -> features (..., N, C), with memory the GRU's state after it."""
+        """obs (..., N, D), memory before it -> features (..., N, H): if recurrent, the GRU's new state."""
         x = torch.tanh(self.obs_in(obs) + self.agent_id)
-        x = torch.tanh(self.hidden(x))
+        x = torch.tanh(self.middle(x))
         x = torch.tanh(self.out(x))
         if self.gru is None:
             return x
         hidden, starts = memory[0][..., self.slot, :], memory[1]
         states = []
+        # obs has the leading dimensions of hidden: one step. Or one more in front: T steps
         for x_t, start in zip(x.view(-1, *hidden.shape), starts.view(-1, *hidden.shape[:-2]), strict=True):
-            hidden = hidden * ~start[..., None, None]  # (E, N, C)
+            hidden = hidden * ~start[..., None, None]
             hidden = self.gru(x_t.flatten(0, -2), hidden.flatten(0, -2)).view_as(hidden)
             states.append(hidden)
         return torch.stack(states).view_as(x)
@@ -178,11 +202,31 @@ class Block(nn.Module):
         return x, (k, v)
 
 
-class Guider(nn.Module):
-    """Autoregressive joint policy mu(a|s) = prod_j mu(a^j | s, a^1..a^{j-1}), and a value for each agent.
+class Learner(nn.Module):
+    """Decentralized policies pi(a|o) = prod_i pi(a^i | o^i), sharing weights. Agent i sees obs[..., i, :]."""
 
-    Agent j's logits are a sum: what its own observation says, as in a learner, and a correction by attention.
-    The encoder attends to all agents' observations, the causal decoder to the actions chosen so far.
+    def __init__(
+        self, num_agents, obs_dim, action_dim, continuous=False, hidden_dim=128, recurrent=False, slot=0
+    ):
+        super().__init__()
+        self.continuous = continuous
+        self.obs_encoder = ObsEncoder(num_agents, obs_dim, hidden_dim, recurrent, slot)
+        self.policy_head = linear(hidden_dim, 2 * action_dim if continuous else action_dim, 0.1)
+
+    def logits(self, obs, memory=None):
+        """obs (..., N, D) -> logits (..., N, A), or (..., N, 2 A) for a Gaussian; see distribution()."""
+        return self.policy_head(self.obs_encoder(obs, memory))
+
+    def forward(self, obs, action_mask=None, memory=None):
+        """obs (..., N, D) -> pi of every agent, over its allowed actions. Inputs as the guider's."""
+        return distribution(self.logits(obs, memory), self.continuous, action_mask)
+
+
+class Guider(nn.Module):
+    """Autoregressive joint policy mu(a|s) = prod_j mu(a^j | s, a^1..a^{j-1}), and the critic, a value per agent.
+
+    logits of mu = logits of `own`, a policy like the learners', + a correction by attention. The encoder attends
+    to all agents' observations, the causal decoder to the actions chosen so far.
     Optional inputs, the same everywhere:
         action_mask: (..., N, A) bool, the allowed actions.
         state: (..., S), global state that no learner sees.
@@ -190,48 +234,49 @@ class Guider(nn.Module):
     """
 
     def __init__(
-        self, num_agents, obs_dim, action_dim, continuous=False, dim=32, hidden_dim=128, recurrent=False,
-        state_dim=0,
+        self, num_agents, obs_dim, action_dim, continuous=False, embed_dim=32, hidden_dim=128,
+        recurrent=False, state_dim=0,
     ):  # fmt: skip
         super().__init__()
         self.continuous = continuous
-        num_logits = action_dim * (1 + continuous)
-        self.obs_encoder = ObsEncoder(num_agents, obs_dim, hidden_dim, recurrent, slot=1)
-        self.own_head = linear(hidden_dim, num_logits, 0.1)
-        self.token = nn.Linear(hidden_dim, dim)
-        self.state_in = nn.Linear(state_dim, dim) if state_dim else None
-        self.encoder = Block(dim)
-        self.value_head = nn.Linear(dim, 1)
-        self.start = nn.Parameter(0.02 * torch.randn(1, dim))  # stands for "no action yet"
-        self.action_in = nn.Linear(action_dim, dim) if continuous else nn.Embedding(action_dim, dim)
-        nn.init.normal_(self.action_in.weight, std=0.1)  # louder actions would drown what an agent sees
-        self.decoder = Block(dim)
-        self.correction_head = linear(dim, num_logits, 0.1)
+        self.own = Learner(num_agents, obs_dim, action_dim, continuous, hidden_dim, recurrent, slot=1)
+        self.obs_encoder = ObsEncoder(num_agents, obs_dim, hidden_dim, recurrent, slot=2)
+        self.obs_token = nn.Linear(hidden_dim, embed_dim)
+        self.state_token = nn.Linear(state_dim, embed_dim) if state_dim else None
+        self.encoder = Block(embed_dim)
+        self.value_head = nn.Linear(embed_dim, 1)
+        self.no_action = nn.Parameter(0.02 * torch.randn(1, embed_dim))  # what the first agent sees
+        self.action_token = (
+            nn.Linear(action_dim, embed_dim) if continuous else nn.Embedding(action_dim, embed_dim)
+        )
+        nn.init.normal_(self.action_token.weight, std=0.1)  # small beside what is known of the observations
+        self.decoder = Block(embed_dim)
+        self.correction_head = linear(embed_dim, self.own.policy_head.out_features, 0.1)
 
     def encode(self, obs, state=None, memory=None):
-        """obs (..., N, D) -> own logits (..., N, A), encoded (..., N, C), values (..., N)."""
-        features = self.obs_encoder(obs, memory)
-        tokens = self.token(features)
-        if self.state_in is not None:
-            tokens = tokens + self.state_in(state).unsqueeze(-2)
+        """obs (..., N, D) -> encoded (..., N, C), values (..., N) in units of ValueNorm."""
+        tokens = self.obs_token(self.obs_encoder(obs, memory))
+        if self.state_token is not None:
+            tokens = tokens + self.state_token(state).unsqueeze(-2)
         encoded, _ = self.encoder(tokens)
-        return self.own_head(features), encoded, self.value_head(encoded).squeeze(-1)
+        return encoded, self.value_head(encoded).squeeze(-1)
 
     def forward(self, obs, actions, action_mask=None, state=None, memory=None):
         """obs (..., N, D), actions (..., N[, A]) -> mu (each given the actions before), values (..., N)."""
-        own_logits, encoded, values = self.encode(obs, state, memory)
-        before = self.action_in(actions)[..., :-1, :]  # (..., N - 1, C)
-        start = self.start.expand(*before.shape[:-2], 1, -1)
-        before = torch.cat([start, before], -2)  # (..., N, C): agent j gets the action of j - 1
+        encoded, values = self.encode(obs, state, memory)
+        before = self.action_token(actions)[..., :-1, :]  # (..., N - 1, C)
+        first = self.no_action.expand(*before.shape[:-2], 1, -1)
+        before = torch.cat([first, before], -2)  # (..., N, C): agent j gets the action of j - 1
         decoded, _ = self.decoder(encoded + before, causal=True)
-        logits = own_logits + self.correction_head(decoded)
+        logits = self.own.logits(obs, memory) + self.correction_head(decoded)
         return distribution(logits, self.continuous, action_mask), values
 
     @torch.no_grad()
     def act(self, obs, action_mask=None, state=None, memory=None):
         """Sample, agent by agent: obs (..., N, D) -> actions (..., N[, A]), logprobs, values (..., N)."""
-        own_logits, encoded, values = self.encode(obs, state, memory)
-        before, past, actions, logprobs = self.start, None, [], []
+        encoded, values = self.encode(obs, state, memory)
+        own_logits = self.own.logits(obs, memory)
+        before, past, actions, logprobs = self.no_action, None, [], []
         for j in range(obs.shape[-2]):
             decoded, past = self.decoder(encoded[..., j : j + 1, :] + before, past=past)
             logits = own_logits[..., j : j + 1, :] + self.correction_head(decoded)  # (..., 1, A)
@@ -239,41 +284,9 @@ class Guider(nn.Module):
             mu_j = distribution(logits, self.continuous, mask)
             actions.append(sample(mu_j))  # (..., 1[, A])
             logprobs.append(mu_j.log_prob(actions[-1]))
-            before = self.action_in(actions[-1])
-        return torch.cat(actions, obs.dim() - 2), torch.cat(logprobs, -1), values
-
-
-class Learner(nn.Module):
-    """Decentralized policies pi(a|o) = prod_i pi(a^i | o^i), sharing weights. Agent i sees obs[..., i, :]."""
-
-    def __init__(self, num_agents, obs_dim, action_dim, continuous=False, dim=128, recurrent=False):
-        super().__init__()
-        self.continuous = continuous
-        self.obs_encoder = ObsEncoder(num_agents, obs_dim, dim, recurrent, slot=0)
-        self.policy_head = linear(dim, action_dim * (1 + continuous), 0.1)
-
-    def forward(self, obs, action_mask=None, memory=None):
-        """obs (..., N, D) -> pi of every agent, over its allowed actions. Inputs as the guider's."""
-        logits = self.policy_head(self.obs_encoder(obs, memory))
-        return distribution(logits, self.continuous, action_mask)
-
-
-def new_memory(args, envs):
-    """Memory at the start of an episode in all copies: (hidden, starts). Every network takes it as `memory`.
-
-    hidden: (E, N, 2, C), the GRUs' state before an observation: of learner, of guider. C is 0 without memory.
-    starts: (E,) bool, or (T, E) for sequences: where an observation begins an episode, with a state of zero.
-    """
-    E, N, _ = envs.observation_space.shape
-    hidden = torch.zeros(E, N, 2, args.hidden_dim * args.recurrent, device=envs.device)
-    return hidden, torch.ones(E, dtype=torch.bool, device=envs.device)
-
-
-def remember(guider, learner, obs, memory):
-    """Hidden state (E, N, 2, C) after obs (E, N, D)."""
-    if learner.obs_encoder.gru is None:
-        return memory[0]
-    return torch.stack([network.obs_encoder(obs, memory) for network in (learner, guider)], -2)
+            before = self.action_token(actions[-1])
+        agents_axis = obs.dim() - 2
+        return torch.cat(actions, agents_axis), torch.cat(logprobs, agents_axis), values
 
 
 class ValueNorm(nn.Module):
@@ -282,7 +295,8 @@ class ValueNorm(nn.Module):
     def __init__(self, decay=0.99):
         super().__init__()
         self.decay = decay
-        # Averages of 1 (to undo the start at 0), x and x^2. float32 would lose the deviation of 20,000 +- 1
+        # Averages of x^0 (to correct the start at 0, as in Adam), x^1 and x^2. In float32 the deviation of returns
+        # such as 20,000 +- 1 would be lost
         self.register_buffer("moments", torch.zeros(3, dtype=torch.float64))
 
     def update(self, returns):
@@ -290,7 +304,10 @@ class ValueNorm(nn.Module):
         self.moments.lerp_(new, 1 - self.decay)
 
     def stats(self):
-        """Mean and deviation, about 0 before the first update. Rewards times 1e6 are the same game."""
+        """Mean and deviation. Both are about 0 before the first update, so that no value counts in it.
+
+        The least deviation is relative to the returns: to scale all rewards changes nothing.
+        """
         mean, square = self.moments[1:] / self.moments[0].clamp(min=1e-8)
         variance = square - mean.square()
         return mean, torch.maximum(variance, 1e-12 * square + 1e-30).sqrt()
@@ -301,11 +318,11 @@ def compute_gae(rewards, values, next_values, terminations, truncations, gamma, 
     """Generalized advantage estimation (Schulman et al. 2016) -> advantages (T, E, N), returns (T, E, N).
 
     Args:
-        rewards: (T, E, 1) or (T, E, N), reward of each step.
+        rewards: (T, E, 1), reward of each step.
         values: (T, E, N), V of the observation that a step started from.
-        next_values: (T, E, N), V of the observation that it led to; at an episode's end, of its last one.
+        next_values: (T, E, N), V of what it led to: at an episode's end of its last observation.
         terminations: (T, E, 1) bool, the game was over. Nothing is worth anything after it.
-        truncations: (T, E, 1) bool, time ran out. The step still bootstraps; the sum over steps ends here.
+        truncations: (T, E, 1) bool, time ran out. The step bootstraps; the sum over lambda ends here.
     """
     td_errors = rewards + gamma * next_values * ~terminations - values
     over = terminations | truncations
@@ -324,12 +341,13 @@ def guider_loss(log_mu, log_pi, log_mu_old, advantages, kl, clip_coef, delta):
         rho  = clip( clip(mu/pi, 1/delta, delta) * pi/mu_old,  1 - eps, 1 + eps )        the double clip
         L_mu = -min(r A, rho A) + m KL(mu || pi),        m = 1 where mu/pi is outside [1/delta, delta]
 
-    The inner clip takes away the push that would carry mu further from pi than delta. The masked KL pulls mu
-    back where it is further already. Together they are step 4 in practice. pi is a constant here.
+    The inner clip takes away the push that would carry mu further from pi than delta, unless pi is so far from
+    mu_old that the outer clip wins. The masked KL pulls mu back where it is further already. Together they
+    stand for step 4. pi is a constant here.
 
-    Args, all of one shape but the last two:
+    Args, all (1 or T, batch, N) but the last two:
         log_mu, log_pi, log_mu_old: log-probabilities of the action taken.
-        advantages, kl: A and KL(mu || pi).
+        advantages, kl: A and KL(mu || pi), of which only mu may have a gradient.
         clip_coef, delta: eps, and the bound above 1 (inf: none).
     """
     log_pi = log_pi.detach()
@@ -350,9 +368,8 @@ def learner_loss(log_pi, log_mu_old, advantages, kl, clip_coef, lam):
         r_pi = pi / mu_old
         L_pi = KL(mu || pi) - lambda min(r_pi A, clip(r_pi, 1 - eps, 1 + eps) A)
 
-    The data is nearly on-policy for pi, because mu is held close to it. mu is a constant here.
-
-    Arguments as in guider_loss; lam is lambda.
+    The data is nearly on-policy for pi, because mu is held close to it. Arguments as in guider_loss, but of the
+    KL only pi may have a gradient. Theorem 4.1 needs KL(pi || mu); the paper's practice has this one.
     """
     r_pi = (log_pi - log_mu_old).exp()
     clipped = r_pi.clamp(1 - clip_coef, 1 + clip_coef)
@@ -361,9 +378,8 @@ def learner_loss(log_pi, log_mu_old, advantages, kl, clip_coef, lam):
 
 
 def backtrack(guider, learner):
-    """Step 4 to the letter, mu := pi: each agent's own logits become the learner's, the correction zero."""
-    guider.obs_encoder.load_state_dict(learner.obs_encoder.state_dict())
-    guider.own_head.load_state_dict(learner.policy_head.state_dict())
+    """Step 4 to the letter, mu := pi: the guider's own policy becomes the learners', its correction zero."""
+    guider.own.load_state_dict(learner.state_dict())
     nn.init.zeros_(guider.correction_head.weight)
     nn.init.zeros_(guider.correction_head.bias)
 
@@ -381,30 +397,36 @@ def build(args, envs):
     return guider, Learner(*sizes, args.hidden_dim, args.recurrent)
 
 
+@torch.no_grad()
 def estimate_advantages(buffer, guider, value_norm, args):
-    """Rollout (T, E, ...) -> normalized advantages and returns (T, E, N), the critic's explained variance."""
+    """Rollout (T, E, ...) -> normalized advantages and returns (T, E, N), the critic's explained variance.
+
+    Updates value_norm. Statistics are those of all processes.
+    """
     mean, std = value_norm.stats()
     values = buffer["values"] * std + mean
-    memory = buffer["final_hidden"], torch.zeros_like(buffer["starts"])
-    _, _, next_values = guider.encode(buffer["final_obs"], buffer.get("final_state"), memory)
+    goes_on = buffer["final_hidden"], torch.zeros_like(buffer["starts"])  # final_obs is no episode's start
+    _, next_values = guider.encode(buffer["final_obs"], buffer.get("final_state"), goes_on)
     next_values = next_values * std + mean
-    rewards, *ends = (buffer[name] for name in ("rewards", "terminations", "truncations"))  # each (T, E, 1)
-    advantages, returns = compute_gae(rewards, values, next_values, *ends, args.gamma, args.gae_lambda)
-    all_returns, all_errors = gather(returns), gather(returns - values)  # of all processes
-    explained_variance = 1 - all_errors.var(correction=0) / all_returns.var(correction=0).clamp(min=1e-30)
+    rewards, terminations, truncations = buffer["rewards"], buffer["terminations"], buffer["truncations"]
+    advantages, returns = compute_gae(
+        rewards, values, next_values, terminations, truncations, args.gamma, args.gae_lambda
+    )
+    all_advantages, all_returns = gather(advantages), gather(returns)
+    # advantages = returns - values are the critic's errors
+    explained_variance = 1 - all_advantages.var(correction=0) / all_returns.var(correction=0).clamp(min=1e-30)
 
     value_norm.update(all_returns)
     mean, std = value_norm.stats()
-    advantages = advantages / std
-    all_advantages = gather(advantages)
-    advantages = (advantages - all_advantages.mean()) / (all_advantages.std(correction=0) + 1e-8)
-    return advantages, (returns - mean) / std, explained_variance.item()
+    center, spread = all_advantages.mean(), all_advantages.std(correction=0)
+    advantages = (advantages - center) / (spread + 1e-8 * std)  # 0 where all are equal, in any unit
+    return advantages.float(), ((returns - mean) / std).float(), explained_variance.item()
 
 
 def train(args, stop=()):
     """Train a team -> Path of the run's folder (checkpoint.pt, metrics.csv, args.json, TensorBoard events).
 
-    stop: a list. Once something is in it, training ends after the iteration, to be resumed.
+    stop: a list, filled by Ctrl-C. Once something is in it, training ends after the iteration.
     Raises ValueError (options that cannot work), FloatingPointError (a number is not finite), EnvFailure (the
     environment raised, or broke its contract) and OSError (a file cannot be written).
     """
@@ -434,10 +456,11 @@ def train(args, stop=()):
                     pi = learner(obs, mask, memory)
                     actions = sample(pi)
                     logprobs = pi.log_prob(actions)
-                    _, _, values = guider.encode(obs, state, memory)
+                    _, values = guider.encode(obs, state, memory)
                 else:
                     actions, logprobs, values = guider.act(obs, mask, state, memory)
                 hidden = remember(guider, learner, obs, memory)
+                # Where an episode is over, next_obs begins a new one, and final_obs is what the step led to
                 next_obs, rewards, terminations, truncations, infos = envs.step(actions)
                 over = terminations | truncations
                 steps.append(dict(
@@ -455,7 +478,7 @@ def train(args, stop=()):
             buffer |= dict(advantages=advantages, returns=returns)
             run.check_finite(iteration, buffer)
 
-        # Minibatches are parts of axis 1: E sequences (T, E, ...) with memory, else T E steps (1, T E, ...)
+        # Minibatches split axis 1: with memory E sequences (T, E, ...), else T E steps (1, T E, ...)
         batch = {k: x for k, x in buffer.items() if not k.startswith("final_")}
         if not args.recurrent:
             batch = {k: x.flatten(0, 1).unsqueeze(0) for k, x in batch.items()}
@@ -469,22 +492,24 @@ def train(args, stop=()):
                 pi = learner(b["obs"], mask, past)
                 if args.algo == "mappo":  # mu = pi: inner clip, mask and KL vanish, and Eq. 9 is PPO
                     mu = pi
-                    _, _, new_values = guider.encode(b["obs"], state, past)
+                    _, new_values = guider.encode(b["obs"], state, past)
                 else:
                     mu, new_values = guider(b["obs"], b["actions"], mask, state, past)
                 log_mu, log_pi = mu.log_prob(b["actions"]), pi.log_prob(b["actions"])  # (., batch, N)
 
                 # Step 2, guider update (Eq. 9): pi is a constant
-                kl = kl_divergence(mu, constant(pi))
+                kl_mu = kl_divergence(mu, constant(pi))
                 loss_mu, mask_frac, clip_frac = guider_loss(
-                    log_mu, log_pi, b["logprobs"], b["advantages"], kl, args.clip_coef, args.delta
+                    log_mu, log_pi, b["logprobs"], b["advantages"], kl_mu, args.clip_coef, args.delta
                 )
                 entropy = mu.entropy().mean()
                 loss_v = 0.5 * (new_values - b["returns"]).square().mean()
 
                 # Step 3, learner update (Eq. 10): mu is a constant
-                kl = kl_divergence(constant(mu), pi)
-                loss_pi = learner_loss(log_pi, b["logprobs"], b["advantages"], kl, args.clip_coef, args.lam)
+                kl_pi = kl_divergence(constant(mu), pi)
+                loss_pi = learner_loss(
+                    log_pi, b["logprobs"], b["advantages"], kl_pi, args.clip_coef, args.lam
+                )
 
                 optimizer.zero_grad()
                 (loss_mu - args.ent_coef * remaining * entropy + args.vf_coef * loss_v + loss_pi).backward()
@@ -493,15 +518,18 @@ def train(args, stop=()):
                 norm_pi = nn.utils.clip_grad_norm_(learner.parameters(), args.max_grad_norm)
                 optimizer.step()
                 metrics.append(dict(
-                    guider_loss=loss_mu, learner_loss=loss_pi, value_loss=loss_v, kl=kl.mean(),
+                    guider_loss=loss_mu, learner_loss=loss_pi, value_loss=loss_v, kl=kl_pi.mean(),
                     entropy=entropy, mask_frac=mask_frac, clip_frac=clip_frac,
                     guider_grad_norm=norm_mu, learner_grad_norm=norm_pi,
                 ))  # fmt: skip
 
-        # Step 4, guider backtracking: mu := pi. If soft, nothing is left to do, as Eq. 9 kept mu near pi
+        # Step 4, guider backtracking: mu := pi. If soft, nothing is left to do: Eq. 9's bound stands for it
         if args.backtracking == "reset":
             backtrack(guider, learner)
-            memory = memory[0][:, :, [0, 0]], memory[1]  # the learners' memory, too
+            memory = (
+                memory[0][:, :, [0, 0, 2]],
+                memory[1],
+            )  # the guider's own policy remembers as the learners do
 
         row = dict(guider_return=gather(buffer["episode_return"]).nanmean().item(), learner_return=math.nan)
         row |= run.mean(iteration, metrics) | dict(explained_variance=explained_variance)
@@ -523,10 +551,10 @@ def train(args, stop=()):
 
 @torch.no_grad()
 def evaluate(args, guider, learner, policy, episodes, seed, stop=()):
-    """Team returns (episodes,) of fresh episodes, as many of each copy, or short ones would count more.
+    """Team returns (episodes,) of fresh episodes, the same number from every copy.
 
-    policy: "guider" (sampled), "learner" (sampled) or "learner_greedy". Learners see what is their own.
-    episodes: rounded up to a multiple of the copies. One not over after max_episode_steps does not count.
+    policy: "guider" (sampled), "learner" (sampled) or "learner_greedy".
+    episodes: rounded up to a multiple of the copies. What is not over when time is up does not count.
     seed: of environments and sampling. Training's random numbers stay as they were.
     stop: a list. Once something is in it, evaluation ends.
     """
@@ -538,7 +566,7 @@ def evaluate(args, guider, learner, policy, episodes, seed, stop=()):
     envs = make_envs(args, copies, device)
     memory = new_memory(args, envs)
     played, total = torch.zeros(2, copies, device=device)  # episodes so far, return of the present one
-    returns = [total[:0]]
+    returns = [total[:0]]  # none so far
     with seeded(seed, device):
         obs, infos = envs.reset(seed=seed)
         for _ in progress(rounds * (envs.max_episode_steps + 1), policy, stop):
@@ -579,8 +607,8 @@ def print_table(args, guider, learner, stop=()):
 def load(path, **changes):
     """Read a run's folder or checkpoint -> Args, Guider, Learner, on the CPU.
 
-    changes: options that replace the run's. They must name a pettingzoo: or gym: environment, as env, since
-    it is imported. Raises ValueError if the checkpoint cannot be read or does not fit.
+    changes: options that replace the run's. For a pettingzoo: or gym: environment env must be among them: no
+    file decides which code is imported. Raises ValueError if it cannot be read or does not fit.
     """
     checkpoint = Checkpoint(path)
     args = Args(**checkpoint.options(**changes))
