@@ -17,6 +17,7 @@ import sys
 import textwrap
 import time
 from dataclasses import asdict, fields
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -268,7 +269,7 @@ class Run:
 
         On a GPU as CUDA graphs: what a call returns is overwritten by the next one.
         """
-        build = self.checkpoint.networks if self.checkpoint else build
+        build = partial(self.checkpoint.networks, build) if self.checkpoint else build
         networks = build(self.args, envs)
         for network in networks:
             network.to(self.device)
@@ -364,7 +365,8 @@ class Run:
         """Numbers of the iterations still to go, until a process has something in its list `stop`."""
         steps, given, rest = self.num_iterations * self.samples, [], []
         for name, value in asdict(self.args).items():
-            (given if name in self.args.given else rest).append(f"{name} {value}")
+            if value != "":
+                (given if name in self.args.given else rest).append(f"{name} {value}")
         print(textwrap.fill(f"Given: {', '.join(given)}. By preset or default: {', '.join(rest)}.", 110))
         if envs.note:
             print(envs.note)
