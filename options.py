@@ -221,7 +221,7 @@ def command_line(options, train, load, print_table):
             refuse(error)
         foreseen = isinstance(error, (EnvFailure, FloatingPointError, OSError))
         sentence = str(error) if foreseen else f"{type(error).__name__}: {error}"
-        say(sentence, *(run.what_is_saved() for run in runs))
+        say(f"{sentence.rstrip('.')}.", *(run.what_is_saved() for run in runs))
         if (
             cause := error.__cause__ if foreseen else error
         ):  # the environment's own exception, or a bug of ours

@@ -16,6 +16,7 @@ import shlex
 import sys
 import textwrap
 import time
+import warnings
 from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
@@ -108,7 +109,7 @@ def check_like(x, like, name):
         x, like = dict(enumerate(x)), dict(enumerate(like))
     if isinstance(like, dict):
         if x.keys() != like.keys():
-            raise ValueError(f"{name} does not hold {', '.join(map(str, like))}")
+            raise ValueError(f"{name} lacks or adds {min(map(repr, x.keys() ^ like.keys()))}")
         for key in like:
             check_like(x[key], like[key], f"{name} {key}")
     elif not isinstance(like, torch.Tensor):
@@ -131,7 +132,8 @@ class Checkpoint:
     def __init__(self, path):
         self.path = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
         try:
-            self.saved = saved = torch.load(self.path, map_location="cpu", weights_only=True)
+            with warnings.catch_warnings(action="ignore"):
+                self.saved = saved = torch.load(self.path, map_location="cpu", weights_only=True)
             self.changed = os.stat(self.path).st_mtime_ns
             if saved["version"] != VERSION:
                 raise ValueError(f"its version is {saved['version']}, not {VERSION}")
@@ -300,12 +302,10 @@ class Run:
         """Load the checkpoint -> what self.here() was then; {} if that does not help here."""
         saved = self.checkpoint.saved
         parameters = self.parts["optimizer"].param_groups[0]["params"]
-        moments = {  # of those that had a gradient
-            i: dict(step=torch.tensor(0.0), exp_avg=parameters[i], exp_avg_sq=parameters[i])
-            for i in saved["optimizer"]["state"]
+        trained = saved["optimizer"]["state"] if self.args.algo == "mappo" else range(len(parameters))
+        moments = {
+            i: dict(step=torch.tensor(0.0), exp_avg=parameters[i], exp_avg_sq=parameters[i]) for i in trained
         }
-        if self.iteration and not moments:
-            raise ValueError("the optimizer has no state")
         for name, part in self.parts.items():
             own = part.state_dict()
             state = (
@@ -388,38 +388,35 @@ class Run:
         self.episode_return = total * ~over
         return total.where(over, math.nan)
 
-    def check_finite(self, iteration, buffer):
-        """Raise FloatingPointError for what in a rollout, a dict of (T, ...), is first not to be finite."""
-        self.buffer, first = buffer, {}
-        for name, x in buffer.items():
+    def check_finite(self, iteration, series):
+        """Raise FloatingPointError for what in a rollout or update, a dict of (T, ...), is first not to be finite."""
+        self.rollout = series if "rewards" in series else self.rollout
+        first = {}
+        for name, x in series.items():
             if x.is_floating_point() and name != "episode_return":  # nan where none ended
-                bad = ~x.isfinite().flatten(1).all(1)  # (T,)
+                bad = ~x.isfinite().reshape(len(x), -1).all(1)  # (T,)
                 if bad.any():
-                    first[name] = bad.int().argmax().item()
-        if first:
-            self.blame(iteration, min(first, key=first.get))
+                    first[name] = (
+                        name in ("advantages", "returns"),
+                        bad.int().argmax().item(),
+                    )  # from later steps
+        if not first:
+            return
+        name = min(first, key=first.get)
+        options = ("learning_rate", "ent_coef", "vf_coef", "lam", "clip_coef")
+        sizes = {option: getattr(self.args, option) for option in options}
+        sizes |= {key: self.rollout[key].nan_to_num().abs().max().item() for key in ("obs", "rewards")}
+        largest = max(sizes, key=sizes.get)
+        cause = f"{largest} of {sizes[largest]:.3g}" if sizes[largest] > 1e3 else "a learning_rate too high"
+        if name in ("obs", "state", "rewards", "final_obs", "final_state"):
+            cause = f"the environment {self.args.env}"
+        raise FloatingPointError(f"iteration {iteration}: {name} is not finite; likely cause: {cause}")
 
     def mean(self, iteration, metrics):
         """Means over minibatches (a list of dicts of scalars) and processes; FloatingPointError if not finite."""
-        columns = {name: torch.stack([row[name] for row in metrics]).detach()[None] for name in metrics[0]}
-        means = {name: gather(x).mean().item() for name, x in columns.items()}
-        for name, mean in means.items():
-            if not math.isfinite(mean):
-                self.blame(iteration, name)
-        return means
-
-    def blame(self, iteration, name):
-        """Raise FloatingPointError for a number that is not finite, with its likely cause."""
-        coefficients = ("learning_rate", "ent_coef", "vf_coef", "lam", "clip_coef")
-        sizes = {option: getattr(self.args, option) for option in coefficients}
-        sizes |= {key: self.buffer[key].nan_to_num().abs().max().item() for key in ("obs", "rewards")}
-        largest = max(sizes, key=sizes.get)
-        cause = f"learning_rate {self.args.learning_rate} is too high"
-        if name in ("obs", "state", "rewards", "final_obs", "final_state"):
-            cause = f"the environment {self.args.env}"
-        elif sizes[largest] > 1e3:
-            cause = f"{largest} of {sizes[largest]:.3g}"
-        raise FloatingPointError(f"iteration {iteration}: {name} is not finite; likely cause: {cause}.")
+        columns = {name: torch.stack([row[name] for row in metrics]).detach() for name in metrics[0]}
+        self.check_finite(iteration, columns)
+        return {name: gather(x.unsqueeze(0)).mean().item() for name, x in columns.items()}
 
     def evaluates(self, iteration):
         """Whether the learners are evaluated after this iteration, by this process."""
@@ -467,8 +464,8 @@ class Run:
         """Where the run stands, and how to go on with it: one or two sentences."""
         text = f"{self.iteration} of {self.num_iterations} iterations are done"
         if not self.saved:
-            return f"{text}, nothing was saved yet."
-        return f"{text}, {self.saved} are saved. To go on: {self.resume_command()}"
+            return f"{text}; nothing was saved yet."
+        return f"{text}; the checkpoint is of iteration {self.saved}. To go on: {self.resume_command()}"
 
     def resume_command(self):
         """How to go on with this run: what no checkpoint may decide is named again."""
