@@ -78,6 +78,7 @@ class Args:
     save_every: int = 25  # iterations between two checkpoints
     eval_every: int | None = None  # iterations between two evaluations of the learners
     eval_episodes: int | None = None  # episodes behind each line of the final table, at most
+    track: bool = False  # log to Weights & Biases, too
     resume: str = ""  # run folder of a run to go on with, by its own options
     eval: str = ""  # run folder to evaluate instead of training; --env may name another environment
 
@@ -433,15 +434,16 @@ def train(args, stop=()):
     run = Run(args)  # its folder, checkpoints, processes, device and seed: see run.py
     args, device = run.args, run.device
     envs = make_envs(args, run.num_envs, device)
-    guider, learner = run.place(*build(args, envs))
+    guider, learner = run.networks(build, envs)
     parameters = [*guider.parameters(), *learner.parameters()]
     optimizer = torch.optim.Adam(parameters, args.learning_rate, eps=1e-5, fused=True)
     value_norm = ValueNorm().to(device)
     if args.backtracking == "reset":
         backtrack(guider, learner)  # the first rollout, too, is pi's
-    saved = run.restore(guider=guider, learner=learner, optimizer=optimizer, value_norm=value_norm)
-    obs, infos = envs.reset(seed=run.seed, options=saved.get("envs"))
-    memory = saved.get("memory") or new_memory(args, envs)
+    parts = dict(guider=guider, learner=learner, optimizer=optimizer, value_norm=value_norm)
+    start = run.restore(envs, new_memory(args, envs), **parts)  # of a resumed run, where it stood
+    obs, infos = envs.reset(seed=run.seed, options=start["envs"])
+    memory = start["memory"]
 
     for iteration in run.iterations(envs, stop):
         remaining = 1 - (iteration - 1) / run.num_iterations if args.anneal_lr else 1.0
@@ -534,14 +536,14 @@ def train(args, stop=()):
         row = dict(guider_return=gather(buffer["episode_return"]).nanmean().item(), learner_return=math.nan)
         row |= run.mean(iteration, metrics) | dict(explained_variance=explained_variance)
         if run.evaluates(iteration):
-            episodes = affordable(args.num_envs, args.eval_every * run.samples, envs)
+            episodes = affordable(args, args.num_envs, args.eval_every * run.samples, envs)
             returns = evaluate(args, guider, learner, "learner", episodes, args.seed + 1, stop)
-            row["learner_return"] = returns.mean().item()
+            row["learner_return"] = math.nan if stop else returns.mean().item()
         run.log(iteration, row)
         if iteration % args.save_every == 0:
-            run.save(envs, memory=memory)
+            run.save(envs, memory)
 
-    run.save(envs, memory=memory)
+    run.save(envs, memory)
     envs.close()
     if run.leads and not stop:
         print_table(args, guider, learner, stop)
@@ -592,10 +594,12 @@ def evaluate(args, guider, learner, policy, episodes, seed, stop=()):
 def print_table(args, guider, learner, stop=()):
     """Print mean team return and 95 % interval of learners and guider, beside the references."""
     envs = make_envs(args, 1)
-    episodes = affordable(args.eval_episodes, args.total_timesteps, envs)
+    episodes = affordable(args, args.eval_episodes, args.total_timesteps // 3, envs)  # for each policy
     print(f"{args.env}, {args.algo}, seed {args.seed}: mean team return per episode")
     for policy in ("learner", "learner_greedy", "guider")[: 2 if args.algo == "mappo" else 3]:
         returns = evaluate(args, guider, learner, policy, episodes, args.seed + 2, stop)
+        if stop:
+            break
         interval = f"+- {1.96 * returns.std() / math.sqrt(len(returns)):.2f}" if len(returns) > 1 else ""
         won = "" if envs.win_return is None else f", {(returns > envs.win_return).float().mean():.0%} won"
         print(f"  {policy:22s} {returns.mean():9.2f} {interval} ({len(returns)} episodes{won})")
@@ -611,11 +615,10 @@ def load(path, **changes):
     file decides which code is imported. Raises ValueError if it cannot be read or does not fit.
     """
     checkpoint = Checkpoint(path)
-    args = Args(**checkpoint.options(**changes))
+    args = checkpoint.options(Args, **changes)
     envs = make_envs(args, 1)
-    guider, learner = build(args, envs)
+    guider, learner = checkpoint.networks(build, args, envs)
     envs.close()
-    checkpoint.load_into(guider=guider, learner=learner)
     return args, guider, learner
 
 

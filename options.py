@@ -1,22 +1,24 @@
-"""Options of a run: what a preset fills in, the command line, and what cannot work.
+"""Options of a run: what a preset fills in, what cannot work, and the command line.
 
 magpo.py's reader need not open it. What the options mean stands there, in Args.
 """
 
 import argparse
-import contextlib
 import inspect
 import json
 import math
 import os
 import re
+import reprlib
 import signal
 import sys
 import traceback
 import typing
 from dataclasses import fields
 
-from envs import EnvFailure, make
+import torch
+
+from envs import ELSEWHERE, ENVS, EnvFailure, make
 
 WORLD = int(os.environ.get("WORLD_SIZE", 1))  # torchrun's number of processes
 
@@ -35,150 +37,208 @@ PRESETS = {  # by the environment's family, the first word of its name
                 eval_episodes=256, delta=1.3, lam=3.0),
 }  # fmt: skip
 
+# A checkpoint has no say in what is imported or written, nor in what the machine does
+MACHINE = {"cuda", "compile", "torch_threads", "num_workers", "track"}
+NOT_FROM_FILES = MACHINE | {"runs_dir", "resume", "eval"}
+BESIDE = {  # all that may be given together with these
+    "resume": MACHINE | {"env", "env_kwargs"},
+    "eval": {"env", "env_kwargs", "seed", "num_envs", "num_workers", "eval_episodes", "torch_threads"},
+}
+runs = []  # the Run that is going on, so that a failure can say what is saved
+
 
 def apply_preset(args):
-    """Replace each None by the value of the environment's preset, and remember in args.given which were no None.
+    """Replace each None by the value of the environment's preset, and check every value by itself.
 
-    Raises ValueError for an option that is not of its field's type. Nothing is converted.
+    args.given: the names of options that differ from their defaults; of the command line, all that it names.
+    Raises ValueError for an option that is not of its field's type (nothing is converted), or out of range.
     """
-    family = re.split("[_:]", str(args.env))[0]
     args.given = {f.name for f in fields(args) if getattr(args, f.name) != f.default}
+    check_company(args.given)
+    family = re.split("[_:]", str(args.env))[0]
     for name, value in (DEFAULTS | PRESETS.get(family, {})).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    check_values(args)
+
+
+def check_company(given):
+    """Raise ValueError if options, by name, are given together with resume or eval and cannot count."""
+    for name, others in BESIDE.items():
+        if name in given and (more := given - others - {name}):
+            raise ValueError(f"{name} goes by the run's own options: leave out {', '.join(sorted(more))}.")
+
+
+def check_values(args):
+    """Raise ValueError for an option that cannot work, whatever the others are."""
+    may_be_zero = {"seed", "gamma", "gae_lambda", "ent_coef", "vf_coef", "lam", "num_workers"}
     for name, hint in typing.get_type_hints(type(args)).items():
         allowed, value = typing.get_args(hint) or (hint,), getattr(args, name)
         if typing.get_origin(hint) is typing.Literal:
             if value not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, but is {value!r}.")
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, but is {reprlib.repr(value)}.")
         elif type(value) not in allowed and not (type(value) is int and float in allowed):
-            raise ValueError(f"{name} must be of type {allowed[0].__name__}, but is {value!r}.")
+            raise ValueError(f"{name} must be of type {allowed[0].__name__}, but is {reprlib.repr(value)}.")
+        elif type(value) in (int, float):
+            if not value < 1e18 and not (name == "delta" and value == math.inf):
+                raise ValueError(f"{name} must be a number below 1e18, but is {reprlib.repr(value)}.")
+            if value < 0 or (value == 0 and name not in may_be_zero):
+                bound = "must not be negative" if name in may_be_zero else "must be above 0"
+                raise ValueError(f"{name} {bound}, but is {reprlib.repr(value)}.")
+    if args.seed >= 2**32:
+        raise ValueError(f"seed must lie in [0, 2**32), but is {args.seed}.")
+    if args.torch_threads > os.cpu_count():
+        raise ValueError(f"torch_threads is {args.torch_threads}, but there are {os.cpu_count()} cores.")
 
 
 def validate(args):
-    """Raise ValueError, in one sentence, for options (magpo.Args) that cannot work."""
-    may_be_zero = {"seed", "gamma", "gae_lambda", "ent_coef", "vf_coef", "lam", "num_workers"}
-    for name, value in vars(args).items():
-        if type(value) in (int, float):
-            if math.isnan(value) or (value == math.inf and name != "delta"):
-                raise ValueError(f"{name} must be a finite number, but is {value}.")
-            if value < 0 or (value == 0 and name not in may_be_zero):
-                bound = "must not be negative" if name in may_be_zero else "must be above 0"
-                raise ValueError(f"{name} {bound}, but is {value}.")
+    """Raise ValueError, in one sentence, for options (magpo.Args) with which there can be no training."""
+    check_values(args)
     units = args.num_envs // WORLD * (1 if args.recurrent else args.num_steps)
-    cores = os.cpu_count()
-    for good, message in (
-        (max(args.gamma, args.gae_lambda) <= 1, "gamma and gae_lambda must lie in [0, 1]."),
-        (args.delta > 1, f"delta must be above 1, but is {args.delta}: it bounds mu/pi from both sides."),
-        (
-            units % args.num_minibatches == 0,
-            "num_minibatches must divide num_envs x num_steps (num_envs if recurrent).",
+    samples = args.num_envs * args.num_steps
+    wrong = {
+        "eval is for the command line: in Python use load and print_table.": args.eval,
+        "gamma and gae_lambda must lie in [0, 1].": max(args.gamma, args.gae_lambda) > 1,
+        f"delta must be above 1, but is {args.delta}: it bounds mu/pi from both sides.": args.delta <= 1,
+        f"num_envs must be a multiple of torchrun's processes, {WORLD}.": args.num_envs % WORLD,
+        f"num_minibatches must divide num_envs x num_steps (num_envs if recurrent), {units}.": (
+            units % args.num_minibatches
         ),
-        (args.seed < 2**32, f"seed must lie in [0, 2**32), but is {args.seed}."),
-        (
-            args.algo != "mappo" or args.backtracking == "soft",
-            "mappo has no guider policy, so it knows no reset.",
+        "mappo has no guider policy, so it knows no reset.": (
+            args.algo == "mappo" and args.backtracking == "reset"
         ),
-        (args.num_envs % WORLD == 0, f"num_envs must be a multiple of torchrun's processes, {WORLD}."),
-        (
-            args.total_timesteps >= args.num_envs * args.num_steps,
-            "total_timesteps is below num_envs x num_steps.",
+        f"total_timesteps must be at least num_envs x num_steps, {samples}.": args.total_timesteps < samples,
+        "num_workers must be 0, or num_envs for one process per copy.": (
+            args.num_workers not in (0, args.num_envs)
         ),
-        (
-            args.torch_threads <= cores,
-            f"torch_threads is {args.torch_threads}, but this machine has {cores} cores.",
-        ),
-        (
-            args.num_workers in (0, args.num_envs),
-            "num_workers must be 0, or num_envs for one process per copy.",
-        ),
-    ):
-        if not good:
-            raise ValueError(message)
-    make_envs(args, 1).close()
+    }
+    for sentence, applies in wrong.items():
+        if applies:
+            raise ValueError(sentence)
+    envs = make_envs(args, 1)
+    envs.close()
+    if hasattr(os, "sysconf"):  # not on Windows
+        rollout = 2 * samples // WORLD * math.prod(envs.single_observation_space.shape)
+        least = 4 * (rollout + 16 * args.hidden_dim**2 + 64 * args.embed_dim**2)  # bytes, with Adam's
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        if least > memory:
+            raise ValueError(
+                f"num_envs, num_steps, hidden_dim or embed_dim is too large: training takes {least / 1e9:.0f} GB "
+                f"at least, and this machine has {memory / 1e9:.0f}."
+            )
 
 
 def make_envs(args, num_envs, device="cpu"):
-    """E copies of the environment that magpo.Args name -> gymnasium.vector.VectorEnv; ValueError if that cannot be."""
+    """E copies of the environment that magpo.Args name -> gymnasium.vector.VectorEnv; ValueError if there are none."""
     try:
         kwargs = dict(**json.loads(args.env_kwargs))
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         raise ValueError(
-            f"env_kwargs must be a JSON object such as '{{\"N\": 5}}', not {args.env_kwargs!r}."
+            f"env_kwargs must be a JSON object such as '{{\"N\": 5}}', not {reprlib.repr(args.env_kwargs)}."
         ) from None
-    if taken := kwargs.keys() & {"env_id", "num_envs", "device", "num_workers", "state"}:
+    if taken := kwargs.keys() & {"self", "env_id", "num_envs", "device", "num_workers", "state"}:
         raise ValueError(
-            f"env_kwargs may not hold {', '.join(sorted(taken))}: magpo.py has options for these."
+            f"env_kwargs may not hold {', '.join(sorted(taken))}: magpo.py has options of its own."
         )
     return make(args.env, num_envs, device, num_envs if args.num_workers else 0, args.state, **kwargs)
 
 
-# --- The command line ---------------------------------------------------------------------------------------------
-
-EVAL_OPTIONS = {"env", "env_kwargs", "seed", "num_envs", "num_workers", "eval_episodes", "torch_threads"}
+# --- The command line ---------------------------------------------------------------------------------------
 
 
-def whole(text):
+def number(text):
     """A whole number, also one that is written as 1e6."""
-    if float(text) % 1:
-        raise ValueError
-    return int(float(text))
+    try:
+        return int(text)
+    except ValueError:
+        if float(text) % 1 == 0:
+            return int(float(text))
+        raise
 
 
 def parse(options):
-    """sys.argv -> dict of those options of the dataclass magpo.Args that were given. Its comments are the help."""
+    """sys.argv -> dict of those options of the dataclass magpo.Args that were given. Its comments are the help.
+
+    Raises ValueError for what is no option or no value, and ends the process after --help.
+    """
     parser = argparse.ArgumentParser(
-        "magpo.py", description=options.__doc__, argument_default=argparse.SUPPRESS
-    )
-    parser.allow_abbrev, parser.error = False, refuse
+        usage="python magpo.py [--OPTION VALUE ...]", description=options.__doc__,
+        epilog=f"Environments: {', '.join(ENVS)}, {ELSEWHERE}. *: or what the environment's preset says.",
+        argument_default=argparse.SUPPRESS, add_help=False, allow_abbrev=False,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=80),
+    )  # fmt: skip
+    parser.error = refuse
     hints = typing.get_type_hints(options)
     for line in inspect.getsource(options).splitlines():
         if title := re.fullmatch(r"    # (.+)", line):
             group = parser.add_argument_group(title[1])
         elif option := re.fullmatch(r"    (\w+): .+ = (.+?)  # (.+)", line):
             name, default, text = option.groups()
-            text = (text if default == "None" else f"{text} [{default}]").replace("%", "%%")
+            default = f"{DEFAULTS[name]}*" if default == "None" else default.strip('"')
             kind, *more = typing.get_args(hints[name]) or (hints[name],)
-            how = dict(type=whole if kind is int else kind, metavar=getattr(kind, "__name__", ""))
+            how = dict(type=number if kind is int else kind, metavar=getattr(kind, "__name__", "").upper())
             if isinstance(kind, str):
                 how = dict(choices=(kind, *more))
             if kind is bool:
                 how = dict(action=argparse.BooleanOptionalAction)
-            group.add_argument(f"--{name.replace('_', '-')}", help=text, **how)
+            text = f"{text} [{default}]" if default else text
+            group.add_argument(f"--{name.replace('_', '-')}", help=text.replace("%", "%%"), **how)
+    group.add_argument("--help", "-h", action="store_true", help="show this and exit")
     given = vars(parser.parse_args())
-    for name, others in (("resume", {"env", "env_kwargs"}), ("eval", EVAL_OPTIONS)):
-        if given.get(name) == "":
-            refuse(f"--{name} needs the folder of a run.")
-        if name in given and (more := given.keys() - others - {name}):
-            refuse(f"--{name} goes by the run's own options: leave out {', '.join(sorted(more))}.")
+    if "help" in given:
+        print(parser.format_help(), flush=True)
+        sys.exit()
+    for name in BESIDE:
+        if not given.get(name, True):
+            raise ValueError(f"--{name} needs the folder of a run.")
+    check_company(given.keys())
     return given
 
 
-def refuse(message):
-    """End with one sentence and exit code 2."""
-    print(f"magpo.py: {message}", file=sys.stderr)
-    sys.exit(2)
-
-
 def command_line(options, train, load, print_table):
-    """Train or evaluate as sys.argv says. Exit codes: 2 for wrong input, 1 for what fails later, 130 for Ctrl-C."""
+    """Train or evaluate as sys.argv says, and end the process.
+
+    Exit codes: 2 for wrong input, 1 for what fails later, 128 + its number for a signal that ended it early.
+    """
     stop = catch_signals()
     try:
         given = parse(options)
         if "eval" in given:
-            print_table(*load(given.pop("eval"), **given), stop)
+            args, guider, learner = load(given.pop("eval"), **given)
+            torch.set_num_threads(args.torch_threads)
+            print_table(args, guider, learner, stop)
         else:
-            train(options(**given), stop)
-    except ValueError as error:
-        refuse(error)
-    except BrokenPipeError:  # | head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    except (EnvFailure, FloatingPointError, OSError) as error:
-        print(f"magpo.py: {error}", file=sys.stderr)
-        if error.__cause__:  # the environment's own exception
-            traceback.print_exception(error.__cause__)
+            args = options(**given)
+            args.given = set(given)
+            train(args, stop)
+        sys.stdout.flush()
+    except Exception as error:
+        if isinstance(error, BrokenPipeError):  # of | head; Python shall not complain again at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            if not runs:
+                sys.exit()
+        if isinstance(error, ValueError) and not runs:
+            refuse(error)
+        foreseen = isinstance(error, (EnvFailure, FloatingPointError, OSError))
+        sentence = str(error) if foreseen else f"{type(error).__name__}: {error}"
+        say(f"{sentence.rstrip('.')}.", *(run.what_is_saved() for run in runs))
+        if (
+            cause := error.__cause__ if foreseen else error
+        ):  # the environment's own exception, or a bug of ours
+            traceback.print_exception(cause)
         sys.exit(1)
     sys.exit(128 + stop[0] if stop else 0)
+
+
+def say(*sentences):
+    """Print in one line, to stderr."""
+    print("magpo.py:", *" ".join(sentences).split(), file=sys.stderr)
+
+
+def refuse(message):
+    """End with one sentence and exit code 2."""
+    say(str(message))
+    sys.exit(2)
 
 
 def catch_signals():
@@ -189,7 +249,8 @@ def catch_signals():
         caught.append(number)
         for number in numbers:
             signal.signal(number, signal.SIG_DFL)
-        os.write(2, b"\nStopping after this iteration, then saving. Once more to stop at once.\n")
+        text = b"\nStopping: an iteration is finished and saved first, an evaluation is not. Once more to end now.\n"
+        os.write(2, text)
 
     for number in numbers:
         signal.signal(number, catch)

@@ -6,32 +6,41 @@ magpo.py's reader need not open it. Of torchrun's processes, rank 0 alone writes
 import atexit
 import contextlib
 import csv
-import fcntl
 import io
 import json
 import math
 import os
+import pickle
 import random
+import shlex
 import sys
 import textwrap
 import time
-from dataclasses import asdict
+import warnings
+from dataclasses import asdict, fields
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed.nn  # its default arguments, read before there is a process group, do not keep that one alive
+import torch.distributed.nn  # read before there is a process group, its defaults do not keep that one alive
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from options import WORLD, validate
+from options import BESIDE, MACHINE, NOT_FROM_FILES, WORLD, runs, validate
+
+try:
+    import fcntl
+except ImportError:  # Windows: nothing keeps two processes out of one folder
+    fcntl = None
 
 RANK = int(os.environ.get("RANK", 0))  # torchrun's number of this process
 VERSION = 2  # of checkpoints
+CLOCKS = {"seconds", "cpu_seconds"}  # columns that a resumed run goes on from
 
 
-# --- Random numbers and evaluations -------------------------------------------------------------------------------
+# --- Random numbers and evaluations -------------------------------------------------------------------------
 
 
 def seed_everything(seed):
@@ -45,16 +54,22 @@ def seed_everything(seed):
 def seeded(seed, device):
     """Within it random numbers follow from this seed; afterwards all go on as if nothing had been."""
     states = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        seed_everything(seed)
-        yield
-    random.setstate(states[0])
-    np.random.set_state(states[1])
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            seed_everything(seed)
+            yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
 
 
-def affordable(episodes, steps, envs):
-    """As many episodes, at most, as cost a tenth of so many steps of training; at least one."""
-    return max(1, min(episodes, steps // (10 * envs.max_episode_steps)))
+def affordable(args, episodes, steps, envs):
+    """As many episodes, at most, as cost a tenth of so many steps of training; at least one.
+
+    A multiple of num_envs if they are more, since every copy plays equally many.
+    """
+    most = max(1, min(episodes, steps // (10 * envs.max_episode_steps)))
+    return most - most % min(most, args.num_envs)
 
 
 def progress(steps, title, stop):
@@ -65,7 +80,7 @@ def progress(steps, title, stop):
         yield step
 
 
-# --- Processes ----------------------------------------------------------------------------------------------------
+# --- Processes ----------------------------------------------------------------------------------------------
 
 
 def gather(x):
@@ -85,62 +100,114 @@ def average_gradients(parameters):
             parameter.grad /= WORLD
 
 
-# --- Checkpoints --------------------------------------------------------------------------------------------------
+# --- Checkpoints --------------------------------------------------------------------------------------------
+
+
+def check_like(x, like, name):
+    """Raise an exception unless x is made as `like` is, key by key and shape by shape, of finite numbers."""
+    if isinstance(like, (list, tuple)):
+        x, like = dict(enumerate(x)), dict(enumerate(like))
+    if isinstance(like, dict):
+        if x.keys() != like.keys():
+            raise ValueError(f"{name} lacks or adds {min(map(repr, x.keys() ^ like.keys()))}")
+        for key in like:
+            check_like(x[key], like[key], f"{name} {key}")
+    elif not isinstance(like, torch.Tensor):
+        if type(x) is not type(like):
+            raise ValueError(f"{name} is no {type(like).__name__}")
+    elif (x.shape, x.dtype) != (like.shape, like.dtype):
+        raise ValueError(f"{name} has shape {tuple(x.shape)}, not {tuple(like.shape)}, or another type")
+    elif (
+        x.untyped_storage().nbytes() < x.nbytes or not x.isfinite().all()
+    ):  # a small file may claim a large one
+        raise ValueError(f"{name} is not finite")
 
 
 class Checkpoint:
-    """What a run saved, read without running code of the file's; ValueError if it cannot be read.
+    """What a run saved, read without running code of the file's.
 
-    path: the file, or the folder of the run that it is in.
+    path: the file, or the folder of the run that it is in. Raises ValueError if it cannot be read.
     """
 
-    def __init__(self, path, device="cpu"):
+    def __init__(self, path):
         self.path = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
         try:
-            self.saved = saved = torch.load(self.path, map_location=device, weights_only=True)
+            with warnings.catch_warnings(action="ignore"):
+                self.saved = saved = torch.load(self.path, map_location="cpu", weights_only=True)
+            self.changed = os.stat(self.path).st_mtime_ns
             if saved["version"] != VERSION:
                 raise ValueError(f"its version is {saved['version']}, not {VERSION}")
-            if not all(
-                x.isfinite().all() for network in ("guider", "learner") for x in saved[network].values()
-            ):
-                raise ValueError("its weights are not finite")
-            if not all(type(value) in (int, float) for row in saved["rows"] for value in row.values()):
+            parts = dict.fromkeys(("guider", "learner", "optimizer", "value_norm", "here"), dict)
+            for name, kind in (parts | dict(args=dict, iteration=int, rows=list)).items():
+                if not isinstance(saved.get(name), kind):
+                    raise ValueError(f"its {name} is no {kind.__name__}")
+            self.iteration, self.rows, self.args = saved["iteration"], saved["rows"], saved["args"]
+            numbers = [value for row in self.rows for value in row.values()]
+            if not all(type(x) in (int, float) and (abs(x) < 1e18 or x != x) for x in numbers):
                 raise ValueError("its rows are not numbers")
-            self.iteration, self.rows, self.here = (
-                int(saved["iteration"]),
-                list(saved["rows"]),
-                dict(saved["here"]),
-            )
+            if len(self.rows) != self.iteration or not all(CLOCKS <= row.keys() for row in self.rows):
+                raise ValueError("its rows are not one for each iteration")
+            texts = [*self.args, *self.args.values()]
+            if not all(type(x) in (str, int, float, bool) and str(x).isprintable() for x in texts):
+                raise ValueError("its args are not plain numbers and text")
         except (
             Exception
-        ) as error:  # torch.load raises many kinds for missing, empty, cut, foreign and malicious files
+        ) as error:  # torch.load raises many kinds for missing, cut, foreign and malicious files
             reason = error if type(error) is ValueError else f"{type(error).__name__}: {error}"
-            reason = str(reason).split("\n")[0]
+            if isinstance(error, pickle.UnpicklingError):
+                reason = "it holds something else than numbers and text"
             raise ValueError(f"{self.path} cannot be read as a checkpoint of magpo.py: {reason}") from None
 
-    def options(self, **changes):
-        """The run's options, with changes -> dict. A file has no say in what is imported, or where to read and write."""
-        options = {
-            k: v for k, v in self.saved["args"].items() if k not in ("runs_dir", "resume", "eval", "track")
-        }
-        if "env" in changes:
-            options["env_kwargs"] = "{}"
-        elif str(options["env"]).startswith(("pettingzoo:", "gym:")):
+    def options(self, kind, **changes):
+        """The run's options, with changes, as a `kind`: magpo.Args. What is imported must be among the changes."""
+        saved = {name: value for name, value in self.args.items() if name not in NOT_FROM_FILES}
+        if odd := saved.keys() ^ {field.name for field in fields(kind)} - NOT_FROM_FILES:
             raise ValueError(
-                f"{self.path} is of {options['env']}; add --env {options['env']} if you trust its code."
+                f"{self.path} is of another magpo.py: {', '.join(sorted(odd))} only here or there."
             )
-        return options | changes
-
-    def load_into(self, **parts):
-        """Load what was saved of each part that has a state_dict; ValueError if it does not fit."""
+        named = {"env"} if saved["env_kwargs"] == "{}" else {"env", "env_kwargs"}
+        if changes.get("env", saved["env"]) != saved["env"]:
+            saved["env_kwargs"] = "{}"
+        elif imports(saved["env"]) and not named <= changes.keys():
+            raise ValueError(f"{self.path} runs other code: if you trust it, add {environment(self.args)}")
         try:
-            for name, part in parts.items():
-                part.load_state_dict(self.saved[name])
-        except Exception as error:  # of another environment, other options, or a damaged file
-            reason = str(error).strip().split("\n")[-1].strip()
-            raise ValueError(
-                f"{self.path} does not fit this environment and these options: {reason}"
-            ) from None
+            return kind(**saved | changes)
+        except ValueError as error:
+            raise ValueError(f"{self.path}: {error}") from None
+
+    def networks(self, build, args, envs):
+        """build(args, envs) with the weights of the file; ValueError, before they take memory, if they do not fit."""
+        with self.fitting():
+            with torch.device("meta"):
+                networks = dict(zip(("guider", "learner"), build(args, envs), strict=True))
+            for name, network in networks.items():
+                check_like(self.saved[name], network.state_dict(), name)
+        networks = build(args, envs)
+        for name, network in zip(("guider", "learner"), networks, strict=True):
+            network.load_state_dict(self.saved[name])
+        return networks
+
+    @contextlib.contextmanager
+    def fitting(self):
+        """Whatever goes wrong in it: ValueError."""
+        try:
+            yield
+        except Exception as error:
+            text = f"{self.path} does not fit this environment and these options: {error}"
+            raise ValueError(text) from None
+
+
+def imports(env):
+    """Whether an environment is a module that its name tells to import."""
+    return str(env).startswith(("pettingzoo:", "gym:"))
+
+
+def environment(args):
+    """The environment as options of the command line."""
+    text = f"--env {shlex.quote(str(args['env']))}"
+    return (
+        text if args["env_kwargs"] == "{}" else f"{text} --env-kwargs {shlex.quote(str(args['env_kwargs']))}"
+    )
 
 
 class Run:
@@ -148,34 +215,38 @@ class Run:
 
     Attributes:
         args: the options; of a run that is resumed, that run's. device: where to train. path: the folder.
-        seed: of this process's environments and sampling. num_envs: its copies. leads: whether it writes and prints.
-        iteration, num_iterations: how many are behind us, and in all.
+        seed: of this process's environments and sampling. num_envs: its copies. leads: does it write and print?
+        iteration, num_iterations: how many are behind us, and in all. saved: how many the checkpoint has.
 
-    Raises:
-        ValueError: the options cannot work, there is no checkpoint to go on from, or the folder cannot be written.
+    Raises ValueError if the options cannot work, or there is no checkpoint to go on from.
     """
 
     def __init__(self, args):
-        self.checkpoint = Checkpoint(args.resume) if args.resume else None
-        if self.checkpoint:
-            changes = {name: getattr(args, name) for name in ("env", "env_kwargs") if "env" in args.given}
-            args = type(args)(**self.checkpoint.options(**changes), resume=args.resume)
+        self.checkpoint, self.iteration, self.saved, self.rows = None, 0, 0, []
+        if args.resume:
+            self.checkpoint = Checkpoint(args.resume)
+            changes = {name: getattr(args, name) for name in args.given & BESIDE["resume"]}
+            for name in changes.keys() & {"env", "env_kwargs"}:
+                if changes[name] != self.checkpoint.args.get(name):
+                    raise ValueError(
+                        f"{name} is not that of {self.checkpoint.path}, and a run keeps its own."
+                    )
+            args = self.checkpoint.options(type(args), **changes)
+            self.iteration = self.saved = self.checkpoint.iteration
+            self.rows = self.checkpoint.rows
         validate(args)
         self.args, self.leads, self.num_envs = args, RANK == 0, args.num_envs // WORLD
-        sys.stdout = sys.stdout if self.leads else open(os.devnull, "w")
+        if not self.leads:
+            sys.stdout = open(os.devnull, "w")
         self.device = self.start_device()
         self.samples = args.num_envs * args.num_steps
         self.num_iterations = args.total_timesteps // self.samples
-        self.iteration, self.rows = 0, []
-        if self.checkpoint:
-            self.iteration, self.rows = self.checkpoint.iteration, self.checkpoint.rows
+        name = f"{args.env}__{args.algo}__{args.seed}__{time.time():.2f}".replace(":", "_").replace("/", "_")
+        self.path = self.checkpoint.path.parent if self.checkpoint else Path(args.runs_dir) / name
         self.seed = args.seed
         if RANK or self.iteration:  # seeds of PyTorch's generators have 32 bits, so that adding will not do
             self.seed = int(np.random.SeedSequence((args.seed, RANK, self.iteration)).generate_state(1)[0])
         seed_everything(args.seed)  # all processes build the same networks
-        self.open_folder()
-        before = self.rows[-1] if self.rows else dict(seconds=0, cpu_seconds=0)
-        self.start = time.time() - before["seconds"], time.process_time() - before["cpu_seconds"]
 
     def start_device(self):
         """Set PyTorch and torchrun's process group up -> the device."""
@@ -185,103 +256,131 @@ class Run:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
         if cuda:
             torch.cuda.set_device(device)
-            os.environ.setdefault(
-                "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
-            )  # cuBLAS repeats itself only with one of these
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats itself only with it
         self.generator = torch.cuda.default_generators[device.index] if cuda else torch.default_generator
         if WORLD > 1 and not dist.is_initialized():
             dist.init_process_group("nccl" if cuda else "gloo")
             atexit.register(dist.destroy_process_group)
         torch.use_deterministic_algorithms(self.args.torch_deterministic, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = (
-            False  # it costs 2 %, and everything here is initialized
-        )
+        torch.utils.deterministic.fill_uninitialized_memory = False  # 2 % of the time, and nothing reads it
         torch.set_num_threads(self.args.torch_threads)
         return device
 
-    def open_folder(self):
-        """Make the folder, or take that of the run to resume, and keep other processes out of it."""
-        args = self.args
-        name = f"{args.env}__{args.algo}__{args.seed}__{time.time():.2f}".replace(":", "_").replace("/", "_")
-        self.path = self.checkpoint.path.parent if self.checkpoint else Path(args.runs_dir) / name
-        if not self.leads:
-            return
-        try:
-            self.path.mkdir(parents=True, exist_ok=bool(self.checkpoint))
-            self.lock = open(self.path / "lock", "w")
-            fcntl.flock(
-                self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB
-            )  # the system frees it when this process ends
-            (self.path / "args.json").write_text(json.dumps(asdict(args), indent=1))
-        except BlockingIOError:
-            raise ValueError(f"{self.path} is in use by another process; wait for it, or stop it.") from None
-        except OSError as error:
-            raise ValueError(f"{self.path} cannot be written: {error}") from None
-        self.writer = SummaryWriter(self.path, purge_step=self.iteration * self.samples + 1)
-        self.writer.add_text(
-            "args", "\n".join(f"    {name}: {value}" for name, value in asdict(args).items())
-        )
-        self.file = open(self.path / "metrics.csv", "a")  # empties it when the first row comes
-        self.table = None
-
-    def place(self, *networks):
-        """The same networks on the run's device; compiled if --compile asks for it.
+    def networks(self, build, envs):
+        """build(args, envs) on the run's device, of a resumed run with its weights; compiled if asked for.
 
         On a GPU as CUDA graphs: what a call returns is overwritten by the next one.
         """
+        build = partial(self.checkpoint.networks, build) if self.checkpoint else build
+        networks = build(self.args, envs)
         for network in networks:
             network.to(self.device)
             if self.args.compile:
                 network.compile(mode="reduce-overhead" if self.device.type == "cuda" else "default")
         return networks
 
-    def iterations(self, envs, stop):
-        """Numbers of the iterations still to go, until a process has something in its list `stop`. Says what counts."""
-        args = asdict(self.args)
-        options = [
-            f"{name} {value}" for name, value in args.items() if value != "" and name in self.args.given
-        ]
-        preset = [f"{name} {value}" for name, value in args.items() if name not in self.args.given]
-        print(textwrap.fill(f"Options: {', '.join(options)}. From the preset: {', '.join(preset)}.", 110))
-        if envs.note:
-            print(envs.note)
-        if self.num_iterations * self.samples < self.args.total_timesteps:
-            print(
-                f"total_timesteps is cut to {self.num_iterations * self.samples}, a multiple of num_envs x num_steps."
-            )
-        self.bar = tqdm(
-            range(self.iteration + 1, self.num_iterations + 1),
-            unit="step",
-            unit_scale=self.samples,
-            initial=self.iteration,
-            total=self.num_iterations,
-            disable=not self.leads,
-        )
-        for iteration in self.bar:
-            yield iteration
-            if gather(torch.full((1, 1), len(stop), device=self.device)).any():
-                break
+    def restore(self, envs, memory, **parts):
+        """Open the folder; give the training's parts, if the run is resumed, what was saved -> where to start.
 
-    def restore(self, **parts):
-        """Keep the parts of the training, to save them -> where a resumed run's episodes stood.
-
-        That is empty at a start, or if the episodes start anew.
+        parts: guider, learner, optimizer, value_norm. They will be saved.
+        -> dict of memory, and of envs for envs.reset(options=...). As given, and None, if episodes start anew.
         """
         self.parts = parts
         self.episode_return = torch.zeros(self.num_envs, device=self.device)  # so far, in each copy
-        if not self.checkpoint:
+        if RANK or self.iteration:
+            seed_everything(self.seed)
+        start = dict(memory=memory, envs=None)
+        if self.checkpoint:
+            with self.checkpoint.fitting():
+                start |= self.load(envs, memory)
+        if self.leads:
+            self.open_folder()
+            runs[:] = [self]
+        return start
+
+    def load(self, envs, memory):
+        """Load the checkpoint -> what self.here() was then; {} if that does not help here."""
+        saved = self.checkpoint.saved
+        parameters = self.parts["optimizer"].param_groups[0]["params"]
+        trained = saved["optimizer"]["state"] if self.args.algo == "mappo" else range(len(parameters))
+        moments = {
+            i: dict(step=torch.tensor(0.0), exp_avg=parameters[i], exp_avg_sq=parameters[i]) for i in trained
+        }
+        for name, part in self.parts.items():
+            own = part.state_dict()
+            state = (
+                saved[name] | dict(param_groups=own["param_groups"]) if name == "optimizer" else saved[name]
+            )
+            check_like(state, own | dict(state=moments) if name == "optimizer" else own, name)
+            part.load_state_dict(state)
+        here = saved["here"]
+        if WORLD > 1 or here.get("device") != self.device.type:
+            print(
+                "Episodes start anew: not saved, by these environments, or on another device or by torchrun."
+            )
             return {}
-        self.checkpoint.load_into(**parts)
-        here = self.checkpoint.here
-        if WORLD == 1 and here.get("device") == self.device.type:
-            self.generator.set_state(here["generator"].cpu())
-            self.episode_return = here["episode_return"]
-            return here
-        print(
-            "Episodes start anew: these environments cannot be saved, or not from this device or number of processes."
-        )
-        seed_everything(self.seed)
-        return {}
+        envs.reset(seed=self.seed)
+        check_like(here, self.here(envs, memory), "here")
+        envs.reset(seed=self.seed, options=here["envs"])
+        self.generator.set_state(here["generator"])
+        self.episode_return = here["episode_return"].to(self.device)
+        return dict(envs=here["envs"], memory=tuple(x.to(self.device) for x in here["memory"]))
+
+    def here(self, envs, memory):
+        """Where the episodes stand -> dict; empty where that cannot be saved."""
+        stand = envs.state_dict()
+        if WORLD > 1 or not stand:
+            return {}
+        here = dict(envs=stand, memory=memory, episode_return=self.episode_return)
+        return here | dict(generator=self.generator.get_state(), device=self.device.type)
+
+    def open_folder(self):
+        """Make the folder, or take that of the run to resume, and keep other processes out of it."""
+        if self.args.track:
+            try:
+                import wandb
+            except ImportError:
+                raise ValueError("--track needs the package wandb: pip install wandb.") from None
+            wandb.init(project="magpo", name=self.path.name, config=asdict(self.args), sync_tensorboard=True)
+        try:
+            self.path.mkdir(parents=True, exist_ok=bool(self.checkpoint))
+            self.lock = open(self.path / "lock", "w")
+            if fcntl:  # lockf, not flock: a killed owner's worker processes would inherit that one
+                fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if self.checkpoint and os.stat(self.checkpoint.path).st_mtime_ns != self.checkpoint.changed:
+                raise BlockingIOError
+            (self.path / "args.json").write_text(json.dumps(asdict(self.args), indent=1))
+            self.file, self.table = open(self.path / "metrics.csv", "a"), None  # emptied at the first row
+            self.writer = SummaryWriter(self.path, purge_step=self.iteration * self.samples + 1)
+            lines = (f"    {name}: {value}" for name, value in asdict(self.args).items())
+            self.writer.add_text("args", "\n".join(lines))
+        except BlockingIOError:
+            raise ValueError(f"{self.path} is in use by another process: wait for it, or stop it.") from None
+        except OSError as error:
+            raise ValueError(f"{self.path} cannot be written: {error}") from None
+        before = self.rows[-1] if self.rows else dict(seconds=0, cpu_seconds=0)
+        self.start = time.time() - before["seconds"], time.process_time() - before["cpu_seconds"]
+
+    def iterations(self, envs, stop):
+        """Numbers of the iterations still to go, until a process has something in its list `stop`."""
+        steps, given, rest = self.num_iterations * self.samples, [], []
+        for name, value in asdict(self.args).items():
+            if value != "":
+                (given if name in self.args.given else rest).append(f"{name} {value}")
+        print(textwrap.fill(f"Given: {', '.join(given)}. By preset or default: {', '.join(rest)}.", 110))
+        if envs.note:
+            print(envs.note)
+        if steps < self.args.total_timesteps:
+            print(f"total_timesteps is cut to {steps}, a multiple of num_envs x num_steps.")
+        title = dict(unit="step", unit_scale=self.samples, initial=self.iteration, total=self.num_iterations)
+        self.bar = tqdm(range(self.iteration + 1, self.num_iterations + 1), disable=not self.leads, **title)
+        for iteration in self.bar:
+            yield iteration
+            signals = gather(torch.full((1, 1), stop[0] if stop else 0, device=self.device))
+            if signals.any():
+                if not stop:  # another process has it
+                    stop.append(signals.max().item())
+                return
 
     def ended_returns(self, rewards, over):
         """Returns (E,) of the episodes that end with this step, nan where they go on."""
@@ -289,57 +388,50 @@ class Run:
         self.episode_return = total * ~over
         return total.where(over, math.nan)
 
-    def check_finite(self, iteration, buffer):
-        """Raise FloatingPointError for what in a rollout, a dict of (T, ...), is first not to be finite."""
+    def check_finite(self, iteration, series):
+        """Raise FloatingPointError for what in a rollout or update, a dict of (T, ...), is first not to be finite."""
+        self.rollout = series if "rewards" in series else self.rollout
         first = {}
-        for name, x in buffer.items():
+        for name, x in series.items():
             if x.is_floating_point() and name != "episode_return":  # nan where none ended
-                bad = ~x.isfinite().flatten(1).all(1)  # (T,)
+                bad = ~x.isfinite().reshape(len(x), -1).all(1)  # (T,)
                 if bad.any():
-                    first[name] = bad.int().argmax().item()
-        if first:
-            name = min(first, key=first.get)
-            causes = dict(
-                values="a learning rate too high", advantages="rewards too large", returns="rewards too large"
-            )
-            cause = causes.get(name, self.args.env)
-            raise FloatingPointError(
-                f"iteration {iteration}: {name} not finite; likely cause: {cause}{self.kept()}"
-            )
+                    first[name] = (
+                        name in ("advantages", "returns"),
+                        bad.int().argmax().item(),
+                    )  # from later steps
+        if not first:
+            return
+        name = min(first, key=first.get)
+        options = ("learning_rate", "ent_coef", "vf_coef", "lam", "clip_coef")
+        sizes = {option: getattr(self.args, option) for option in options}
+        sizes |= {key: self.rollout[key].nan_to_num().abs().max().item() for key in ("obs", "rewards")}
+        largest = max(sizes, key=sizes.get)
+        cause = f"{largest} of {sizes[largest]:.3g}" if sizes[largest] > 1e3 else "a learning_rate too high"
+        if name in ("obs", "state", "rewards", "final_obs", "final_state"):
+            cause = f"the environment {self.args.env}"
+        raise FloatingPointError(f"iteration {iteration}: {name} is not finite; likely cause: {cause}")
 
     def mean(self, iteration, metrics):
-        """Means over minibatches (a list of dicts of scalars) and processes; FloatingPointError if one is not finite."""
-        columns = {
-            name: torch.stack([row[name] for row in metrics]).detach().unsqueeze(0) for name in metrics[0]
-        }
-        means = {name: gather(x).mean().item() for name, x in columns.items()}
-        if bad := [name for name, mean in means.items() if not math.isfinite(mean)]:
-            cause = "a learning rate too high"
-            raise FloatingPointError(
-                f"iteration {iteration}: {bad[0]} not finite; likely cause: {cause}{self.kept()}"
-            )
-        return means
+        """Means over minibatches (a list of dicts of scalars) and processes; FloatingPointError if not finite."""
+        columns = {name: torch.stack([row[name] for row in metrics]).detach() for name in metrics[0]}
+        self.check_finite(iteration, columns)
+        return {name: gather(x.unsqueeze(0)).mean().item() for name, x in columns.items()}
 
     def evaluates(self, iteration):
         """Whether the learners are evaluated after this iteration, by this process."""
         return self.leads and (iteration % self.args.eval_every == 0 or iteration in (1, self.num_iterations))
 
     def log(self, iteration, row):
-        """Count an iteration as done, and add its row, behind the step and the times so far, to metrics.csv and TensorBoard."""
+        """Count an iteration as done, and add its row, behind the clocks, to metrics.csv and TensorBoard."""
         self.iteration, step = iteration, iteration * self.samples
         if not self.leads:
             return
-        row = (
-            dict(
-                step=step,
-                seconds=time.time() - self.start[0],
-                cpu_seconds=time.process_time() - self.start[1],
-            )
-            | row
-        )
+        seconds, cpu_seconds = time.time() - self.start[0], time.process_time() - self.start[1]
+        row = dict(step=step, seconds=seconds, cpu_seconds=cpu_seconds) | row
         if self.table is None:
             self.file.truncate(0)
-            self.table = csv.DictWriter(self.file, row)
+            self.table = csv.DictWriter(self.file, row, extrasaction="ignore")
             self.table.writeheader()
             self.table.writerows(self.rows)
         self.rows.append(row)
@@ -350,30 +442,41 @@ class Run:
         if not math.isnan(row["learner_return"]):
             self.bar.set_postfix({name: f"{row[name]:.2f}" for name in ("guider_return", "learner_return")})
 
-    def save(self, envs, **episodes):
-        """Replace the checkpoint at once: whoever is killed meanwhile, or finds the disk full, leaves the old one whole."""
+    def save(self, envs, memory):
+        """Replace the checkpoint at once: who is killed meanwhile, or finds the disk full, leaves the old one whole."""
         if not self.leads:
             return
-        here = episodes | dict(
-            envs=envs.state_dict(), generator=self.generator.get_state(), device=self.device.type
-        )
         contents = dict(version=VERSION, args=asdict(self.args), iteration=self.iteration, rows=self.rows)
         contents |= {name: part.state_dict() for name, part in self.parts.items()}
-        memory = (
+        data = (
             io.BytesIO()
         )  # so that a full disk is an OSError, and nothing is computed while the file is open
-        torch.save(contents | {"here": here if here["envs"] and WORLD == 1 else {}}, memory)
+        torch.save(contents | {"here": self.here(envs, memory)}, data)
         with open(self.path / "checkpoint.tmp", "wb") as file:
-            file.write(memory.getbuffer())
+            file.write(data.getbuffer())
             file.flush()
             os.fsync(file.fileno())
         os.replace(file.name, self.path / "checkpoint.pt")
         self.writer.flush()
+        self.saved = self.iteration
+
+    def what_is_saved(self):
+        """Where the run stands, and how to go on with it: one or two sentences."""
+        text = f"{self.iteration} of {self.num_iterations} iterations are done"
+        if not self.saved:
+            return f"{text}; nothing was saved yet."
+        return f"{text}; the checkpoint is of iteration {self.saved}. To go on: {self.resume_command()}"
 
     def resume_command(self):
-        """How to go on with this run."""
-        code = self.args.env.startswith(("pettingzoo:", "gym:"))
-        return f"python magpo.py --resume {self.path}" + (f" --env {self.args.env}" if code else "")
+        """How to go on with this run: what no checkpoint may decide is named again."""
+        args = asdict(self.args)
+        words = ["python magpo.py --resume", shlex.quote(str(self.path))]
+        if imports(args["env"]):
+            words.append(environment(args))
+        for name in sorted(MACHINE):
+            if args[name] != self.args.__dataclass_fields__[name].default:
+                words.append(f"--{name.replace('_', '-')}" + ("" if args[name] is True else f" {args[name]}"))
+        return " ".join(words)
 
     def close(self):
         """Close the files, and say where they are."""
@@ -383,4 +486,4 @@ class Run:
             file.close()
         print(f"Everything is in {self.path}")
         if self.iteration < self.num_iterations:
-            print(f"Stopped after iteration {self.iteration}. To go on: {self.resume_command()}")
+            print(f"Stopped: {self.what_is_saved()}")
