@@ -207,10 +207,8 @@ def command_line(options, train, load, print_table):
             train(args, stop)
         sys.stdout.flush()
     except Exception as error:
-        if isinstance(error, BrokenPipeError):  # of | head; Python shall not complain again at its end
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-            if not runs:
-                sys.exit()
+        if isinstance(error, BrokenPipeError) and not runs:  # of --help | head
+            sys.exit()
         if isinstance(error, ValueError) and not runs:
             refuse(error)
         foreseen = isinstance(error, (EnvFailure, FloatingPointError, OSError))

@@ -177,7 +177,7 @@ class Checkpoint:
             raise ValueError(f"{self.path}: {error}") from None
 
     def networks(self, build, args, envs):
-        """build(args, envs) with the file's weights; if they do not fit, ValueError before it takes memory."""
+        """build(args, envs) with the file's weights. ValueError, with no memory taken, if they do not fit."""
         with self.fitting():
             with torch.device("meta"):
                 networks = dict(zip(("guider", "learner"), build(args, envs), strict=True))
@@ -351,7 +351,7 @@ class Run:
         try:
             self.path.mkdir(parents=True, exist_ok=bool(self.checkpoint))
             self.lock = open(self.path / "lock", "w")
-            if fcntl:  # lockf, not flock: a killed owner's worker processes would inherit that one
+            if fcntl:  # lockf, not flock: worker processes inherit that one, and may outlive their owner
                 fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if self.checkpoint and os.stat(self.checkpoint.path).st_mtime_ns != self.checkpoint.changed:
                 raise BlockingIOError
