@@ -28,10 +28,11 @@ DEFAULTS = dict(
     eval_episodes=1024,
 )  # fmt: skip
 PRESETS = {  # by the environment's family, the first word of its name
-    "mpe": dict(total_timesteps=2_048_000, num_envs=256, update_epochs=2, learning_rate=4.5e-3, delta=1.3, lam=3.0),
+    "mpe": dict(total_timesteps=2_048_000, num_envs=256, update_epochs=2, learning_rate=4.5e-3, delta=1.3,
+                lam=3.0),
     "coordsum": dict(total_timesteps=320_000, learning_rate=2e-3, gamma=0.0, delta=1.3, lam=2.0),
-    "matrix": dict(total_timesteps=40_960, num_steps=8, num_minibatches=2, update_epochs=4, learning_rate=4e-3,
-                   gamma=0.0, max_grad_norm=0.5, delta=1.3, hidden_dim=64),
+    "matrix": dict(total_timesteps=40_960, num_steps=8, num_minibatches=2, update_epochs=4,
+                   learning_rate=4e-3, gamma=0.0, max_grad_norm=0.5, delta=1.3, hidden_dim=64),
     "pettingzoo": dict(num_envs=32, num_minibatches=4, learning_rate=1e-3, eval_every=25, eval_episodes=256),
     "gym": dict(num_envs=32, num_steps=50, num_minibatches=8, learning_rate=1e-3, ent_coef=0.05, gamma=0.99,
                 eval_episodes=256, delta=1.3, lam=3.0),
@@ -54,7 +55,7 @@ def apply_preset(args):
     Raises ValueError for an option that is not of its field's type (nothing is converted), or out of range.
     """
     args.given = {f.name for f in fields(args) if getattr(args, f.name) != f.default}
-    check_company(args.given)
+    check_together(args.given)
     family = re.split("[_:]", str(args.env))[0]
     for name, value in (DEFAULTS | PRESETS.get(family, {})).items():
         if getattr(args, name) is None:
@@ -62,7 +63,7 @@ def apply_preset(args):
     check_values(args)
 
 
-def check_company(given):
+def check_together(given):
     """Raise ValueError if options, by name, are given together with resume or eval and cannot count."""
     for name, others in BESIDE.items():
         if name in given and (more := given - others - {name}):
@@ -74,19 +75,20 @@ def check_values(args):
     may_be_zero = {"seed", "gamma", "gae_lambda", "ent_coef", "vf_coef", "lam", "num_workers"}
     for name, hint in typing.get_type_hints(type(args)).items():
         allowed, value = typing.get_args(hint) or (hint,), getattr(args, name)
-        if typing.get_origin(hint) is typing.Literal:
-            if value not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, but is {reprlib.repr(value)}.")
+        wrong = ""
+        if isinstance(allowed[0], str):
+            wrong = "" if value in allowed else f"one of {', '.join(allowed)}"
         elif type(value) not in allowed and not (type(value) is int and float in allowed):
-            raise ValueError(f"{name} must be of type {allowed[0].__name__}, but is {reprlib.repr(value)}.")
+            wrong = f"of type {allowed[0].__name__}"
         elif type(value) in (int, float):
-            if not value < 1e18 and not (name == "delta" and value == math.inf):
-                raise ValueError(f"{name} must be a number below 1e18, but is {reprlib.repr(value)}.")
-            if value < 0 or (value == 0 and name not in may_be_zero):
-                bound = "must not be negative" if name in may_be_zero else "must be above 0"
-                raise ValueError(f"{name} {bound}, but is {reprlib.repr(value)}.")
+            least = "at least" if name in may_be_zero else "above"
+            infinite = name == "delta" and value == math.inf
+            if not (infinite or 0 < value < 1e18 or (value == 0 and name in may_be_zero)):
+                wrong = f"a number {least} 0 and below 1e18"
+        if wrong:
+            raise ValueError(f"{name} must be {wrong}, but is {reprlib.repr(value)}.")
     if args.seed >= 2**32:
-        raise ValueError(f"seed must lie in [0, 2**32), but is {args.seed}.")
+        raise ValueError(f"seed must be below 2**32, but is {args.seed}.")
     if args.torch_threads > os.cpu_count():
         raise ValueError(f"torch_threads is {args.torch_threads}, but there are {os.cpu_count()} cores.")
 
@@ -101,16 +103,13 @@ def validate(args):
         "gamma and gae_lambda must lie in [0, 1].": max(args.gamma, args.gae_lambda) > 1,
         f"delta must be above 1, but is {args.delta}: it bounds mu/pi from both sides.": args.delta <= 1,
         f"num_envs must be a multiple of torchrun's processes, {WORLD}.": args.num_envs % WORLD,
-        f"num_minibatches must divide num_envs x num_steps (num_envs if recurrent), {units}.": (
+        f"num_minibatches must divide num_envs x num_steps, or num_envs if recurrent: {units}.": (
             units % args.num_minibatches
         ),
-        "mappo has no guider policy, so it knows no reset.": (
-            args.algo == "mappo" and args.backtracking == "reset"
-        ),
+        "mappo has no guider, so it knows no reset.": args.algo == "mappo" and args.backtracking == "reset",
         f"total_timesteps must be at least num_envs x num_steps, {samples}.": args.total_timesteps < samples,
-        "num_workers must be 0, or num_envs for one process per copy.": (
-            args.num_workers not in (0, args.num_envs)
-        ),
+        "num_workers must be 0, or num_envs: one process per copy.": args.num_workers
+        not in (0, args.num_envs),
     }
     for sentence, applies in wrong.items():
         if applies:
@@ -122,24 +121,19 @@ def validate(args):
         least = 4 * (rollout + 16 * args.hidden_dim**2 + 64 * args.embed_dim**2)  # bytes, with Adam's
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         if least > memory:
-            raise ValueError(
-                f"num_envs, num_steps, hidden_dim or embed_dim is too large: training takes {least / 1e9:.0f} GB "
-                f"at least, and this machine has {memory / 1e9:.0f}."
-            )
+            sizes = f"{least / 1e9:.0f} GB of {memory / 1e9:.0f}"
+            raise ValueError(f"num_envs, num_steps, hidden_dim or embed_dim is too large: it takes {sizes}.")
 
 
 def make_envs(args, num_envs, device="cpu"):
-    """E copies of the environment that magpo.Args name -> gymnasium.vector.VectorEnv; ValueError if there are none."""
+    """E copies of the environment that magpo.Args name -> gymnasium.vector.VectorEnv, or ValueError."""
     try:
         kwargs = dict(**json.loads(args.env_kwargs))
     except (ValueError, TypeError, RecursionError):
-        raise ValueError(
-            f"env_kwargs must be a JSON object such as '{{\"N\": 5}}', not {reprlib.repr(args.env_kwargs)}."
-        ) from None
+        example, text = '{"num_agents": 5}', reprlib.repr(args.env_kwargs)
+        raise ValueError(f"env_kwargs must be a JSON object such as {example}, not {text}.") from None
     if taken := kwargs.keys() & {"self", "env_id", "num_envs", "device", "num_workers", "state"}:
-        raise ValueError(
-            f"env_kwargs may not hold {', '.join(sorted(taken))}: magpo.py has options of its own."
-        )
+        raise ValueError(f"env_kwargs may not hold {', '.join(sorted(taken))}: see --help.")
     return make(args.env, num_envs, device, num_envs if args.num_workers else 0, args.state, **kwargs)
 
 
@@ -157,7 +151,7 @@ def number(text):
 
 
 def parse(options):
-    """sys.argv -> dict of those options of the dataclass magpo.Args that were given. Its comments are the help.
+    """sys.argv -> dict of the options of the dataclass magpo.Args that were given. Its comments are the help.
 
     Raises ValueError for what is no option or no value, and ends the process after --help.
     """
@@ -191,7 +185,7 @@ def parse(options):
     for name in BESIDE:
         if not given.get(name, True):
             raise ValueError(f"--{name} needs the folder of a run.")
-    check_company(given.keys())
+    check_together(given.keys())
     return given
 
 
@@ -213,18 +207,15 @@ def command_line(options, train, load, print_table):
             train(args, stop)
         sys.stdout.flush()
     except Exception as error:
-        if isinstance(error, BrokenPipeError):  # of | head; Python shall not complain again at its end
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-            if not runs:
-                sys.exit()
+        if isinstance(error, BrokenPipeError) and not runs:  # of --help | head
+            sys.exit()
         if isinstance(error, ValueError) and not runs:
             refuse(error)
         foreseen = isinstance(error, (EnvFailure, FloatingPointError, OSError))
         sentence = str(error) if foreseen else f"{type(error).__name__}: {error}"
         say(f"{sentence.rstrip('.')}.", *(run.what_is_saved() for run in runs))
-        if (
-            cause := error.__cause__ if foreseen else error
-        ):  # the environment's own exception, or a bug of ours
+        cause = error.__cause__ if foreseen else error  # the environment's own exception, or a bug of ours
+        if cause:
             traceback.print_exception(cause)
         sys.exit(1)
     sys.exit(128 + stop[0] if stop else 0)
@@ -242,15 +233,14 @@ def refuse(message):
 
 
 def catch_signals():
-    """A list that will hold the number of the first Ctrl-C or SIGTERM; a second one ends the process at once."""
+    """A list that will hold the number of the first Ctrl-C or SIGTERM; a second one ends the process."""
     caught, numbers = [], (signal.SIGINT, signal.SIGTERM)
 
     def catch(number, _):
         caught.append(number)
         for number in numbers:
             signal.signal(number, signal.SIG_DFL)
-        text = b"\nStopping: an iteration is finished and saved first, an evaluation is not. Once more to end now.\n"
-        os.write(2, text)
+        os.write(2, b"\nStopping, an iteration after it is finished and saved. Once more to end at once.\n")
 
     for number in numbers:
         signal.signal(number, catch)

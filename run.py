@@ -84,7 +84,7 @@ def progress(steps, title, stop):
 
 
 def gather(x):
-    """(T, E, ...) of this process -> (T, K E, ...) of all K processes of torchrun; x itself if there is one."""
+    """(T, E, ...) of this process -> (T, K E, ...) of all K processes of torchrun, or x itself."""
     if WORLD == 1:
         return x
     parts = [torch.empty_like(x) for _ in range(WORLD)]
@@ -117,9 +117,7 @@ def check_like(x, like, name):
             raise ValueError(f"{name} is no {type(like).__name__}")
     elif (x.shape, x.dtype) != (like.shape, like.dtype):
         raise ValueError(f"{name} has shape {tuple(x.shape)}, not {tuple(like.shape)}, or another type")
-    elif (
-        x.untyped_storage().nbytes() < x.nbytes or not x.isfinite().all()
-    ):  # a small file may claim a large one
+    elif x.untyped_storage().nbytes() < x.nbytes or not x.isfinite().all():  # a small file may claim much
         raise ValueError(f"{name} is not finite")
 
 
@@ -143,7 +141,7 @@ class Checkpoint:
                     raise ValueError(f"its {name} is no {kind.__name__}")
             self.iteration, self.rows, self.args = saved["iteration"], saved["rows"], saved["args"]
             numbers = [value for row in self.rows for value in row.values()]
-            if not all(type(x) in (int, float) and (abs(x) < 1e18 or x != x) for x in numbers):
+            if not all(type(x) is float or (type(x) is int and abs(x) < 1e18) for x in numbers):
                 raise ValueError("its rows are not numbers")
             if len(self.rows) != self.iteration or not all(CLOCKS <= row.keys() for row in self.rows):
                 raise ValueError("its rows are not one for each iteration")
@@ -159,24 +157,27 @@ class Checkpoint:
             raise ValueError(f"{self.path} cannot be read as a checkpoint of magpo.py: {reason}") from None
 
     def options(self, kind, **changes):
-        """The run's options, with changes, as a `kind`: magpo.Args. What is imported must be among the changes."""
+        """The run's options with changes, as a `kind`: magpo.Args. ValueError if they cannot be.
+
+        What is imported must be among the changes: a file could name any module.
+        """
         saved = {name: value for name, value in self.args.items() if name not in NOT_FROM_FILES}
         if odd := saved.keys() ^ {field.name for field in fields(kind)} - NOT_FROM_FILES:
-            raise ValueError(
-                f"{self.path} is of another magpo.py: {', '.join(sorted(odd))} only here or there."
-            )
-        named = {"env"} if saved["env_kwargs"] == "{}" else {"env", "env_kwargs"}
+            raise ValueError(f"{self.path} is of another magpo.py: only one has {', '.join(sorted(odd))}.")
+        needed = {"env"} if saved["env_kwargs"] == "{}" else {"env", "env_kwargs"}
         if changes.get("env", saved["env"]) != saved["env"]:
             saved["env_kwargs"] = "{}"
-        elif imports(saved["env"]) and not named <= changes.keys():
-            raise ValueError(f"{self.path} runs other code: if you trust it, add {environment(self.args)}")
+        elif imports(saved["env"]) and not needed <= changes.keys():
+            raise ValueError(
+                f"{self.path} runs other code: if you trust it, add {spell(kind, saved, needed)}"
+            )
         try:
             return kind(**saved | changes)
         except ValueError as error:
             raise ValueError(f"{self.path}: {error}") from None
 
     def networks(self, build, args, envs):
-        """build(args, envs) with the weights of the file; ValueError, before they take memory, if they do not fit."""
+        """build(args, envs) with the file's weights. ValueError, with no memory taken, if they do not fit."""
         with self.fitting():
             with torch.device("meta"):
                 networks = dict(zip(("guider", "learner"), build(args, envs), strict=True))
@@ -193,8 +194,9 @@ class Checkpoint:
         try:
             yield
         except Exception as error:
-            text = f"{self.path} does not fit this environment and these options: {error}"
-            raise ValueError(text) from None
+            raise ValueError(
+                f"{self.path} does not fit this environment and these options: {error}"
+            ) from None
 
 
 def imports(env):
@@ -202,12 +204,15 @@ def imports(env):
     return str(env).startswith(("pettingzoo:", "gym:"))
 
 
-def environment(args):
-    """The environment as options of the command line."""
-    text = f"--env {shlex.quote(str(args['env']))}"
-    return (
-        text if args["env_kwargs"] == "{}" else f"{text} --env-kwargs {shlex.quote(str(args['env_kwargs']))}"
-    )
+def spell(kind, args, names):
+    """Those of a dict of options with these names that are no defaults, for the command line."""
+    words = []
+    for field in fields(kind):
+        value = args[field.name] if field.name in names else field.default
+        if value != field.default:
+            flag = f"--{field.name.replace('_', '-')}"
+            words.append(flag if value is True else f"{flag} {shlex.quote(str(value))}")
+    return " ".join(words)
 
 
 class Run:
@@ -215,7 +220,7 @@ class Run:
 
     Attributes:
         args: the options; of a run that is resumed, that run's. device: where to train. path: the folder.
-        seed: of this process's environments and sampling. num_envs: its copies. leads: does it write and print?
+        seed: of this process's environments and sampling. num_envs: its copies. leads: it writes.
         iteration, num_iterations: how many are behind us, and in all. saved: how many the checkpoint has.
 
     Raises ValueError if the options cannot work, or there is no checkpoint to go on from.
@@ -228,9 +233,7 @@ class Run:
             changes = {name: getattr(args, name) for name in args.given & BESIDE["resume"]}
             for name in changes.keys() & {"env", "env_kwargs"}:
                 if changes[name] != self.checkpoint.args.get(name):
-                    raise ValueError(
-                        f"{name} is not that of {self.checkpoint.path}, and a run keeps its own."
-                    )
+                    raise ValueError(f"a run keeps its {name}, and {args.resume} has another one.")
             args = self.checkpoint.options(type(args), **changes)
             self.iteration = self.saved = self.checkpoint.iteration
             self.rows = self.checkpoint.rows
@@ -280,10 +283,10 @@ class Run:
         return networks
 
     def restore(self, envs, memory, **parts):
-        """Open the folder; give the training's parts, if the run is resumed, what was saved -> where to start.
+        """Give the parts of a resumed run what was saved, and open the folder -> where to start.
 
         parts: guider, learner, optimizer, value_norm. They will be saved.
-        -> dict of memory, and of envs for envs.reset(options=...). As given, and None, if episodes start anew.
+        -> dict of memory, and envs for envs.reset(options=...): as given, and None, if episodes start anew.
         """
         self.parts = parts
         self.episode_return = torch.zeros(self.num_envs, device=self.device)  # so far, in each copy
@@ -300,23 +303,26 @@ class Run:
 
     def load(self, envs, memory):
         """Load the checkpoint -> what self.here() was then; {} if that does not help here."""
-        saved = self.checkpoint.saved
+        saved, like = (
+            dict(self.checkpoint.saved),
+            {name: part.state_dict() for name, part in self.parts.items()},
+        )
         parameters = self.parts["optimizer"].param_groups[0]["params"]
         trained = saved["optimizer"]["state"] if self.args.algo == "mappo" else range(len(parameters))
         moments = {
-            i: dict(step=torch.tensor(0.0), exp_avg=parameters[i], exp_avg_sq=parameters[i]) for i in trained
+            i: dict(exp_avg=parameters[i], exp_avg_sq=parameters[i], step=torch.tensor(0.0)) for i in trained
         }
+        saved["optimizer"] = like["optimizer"] | dict(
+            state=saved["optimizer"]["state"]
+        )  # the rest is in args
+        like["optimizer"] = like["optimizer"] | dict(state=moments)
         for name, part in self.parts.items():
-            own = part.state_dict()
-            state = (
-                saved[name] | dict(param_groups=own["param_groups"]) if name == "optimizer" else saved[name]
-            )
-            check_like(state, own | dict(state=moments) if name == "optimizer" else own, name)
-            part.load_state_dict(state)
+            check_like(saved[name], like[name], name)
+            part.load_state_dict(saved[name])
         here = saved["here"]
         if WORLD > 1 or here.get("device") != self.device.type:
             print(
-                "Episodes start anew: not saved, by these environments, or on another device or by torchrun."
+                "Episodes start anew: these environments cannot be saved, or the device or torchrun changed."
             )
             return {}
         envs.reset(seed=self.seed)
@@ -345,7 +351,7 @@ class Run:
         try:
             self.path.mkdir(parents=True, exist_ok=bool(self.checkpoint))
             self.lock = open(self.path / "lock", "w")
-            if fcntl:  # lockf, not flock: a killed owner's worker processes would inherit that one
+            if fcntl:  # lockf, not flock: worker processes inherit that one, and may outlive their owner
                 fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if self.checkpoint and os.stat(self.checkpoint.path).st_mtime_ns != self.checkpoint.changed:
                 raise BlockingIOError
@@ -389,17 +395,15 @@ class Run:
         return total.where(over, math.nan)
 
     def check_finite(self, iteration, series):
-        """Raise FloatingPointError for what in a rollout or update, a dict of (T, ...), is first not to be finite."""
+        """Raise FloatingPointError for what is first not finite in a rollout or update, dicts of (T, ...)."""
         self.rollout = series if "rewards" in series else self.rollout
         first = {}
         for name, x in series.items():
             if x.is_floating_point() and name != "episode_return":  # nan where none ended
                 bad = ~x.isfinite().reshape(len(x), -1).all(1)  # (T,)
                 if bad.any():
-                    first[name] = (
-                        name in ("advantages", "returns"),
-                        bad.int().argmax().item(),
-                    )  # from later steps
+                    later = name in ("advantages", "returns")  # than the step that they are of
+                    first[name] = later, bad.int().argmax().item()
         if not first:
             return
         name = min(first, key=first.get)
@@ -413,7 +417,7 @@ class Run:
         raise FloatingPointError(f"iteration {iteration}: {name} is not finite; likely cause: {cause}")
 
     def mean(self, iteration, metrics):
-        """Means over minibatches (a list of dicts of scalars) and processes; FloatingPointError if not finite."""
+        """Means over minibatches, a list of dicts of scalars, and processes. They must be finite."""
         columns = {name: torch.stack([row[name] for row in metrics]).detach() for name in metrics[0]}
         self.check_finite(iteration, columns)
         return {name: gather(x.unsqueeze(0)).mean().item() for name, x in columns.items()}
@@ -443,14 +447,12 @@ class Run:
             self.bar.set_postfix({name: f"{row[name]:.2f}" for name in ("guider_return", "learner_return")})
 
     def save(self, envs, memory):
-        """Replace the checkpoint at once: who is killed meanwhile, or finds the disk full, leaves the old one whole."""
+        """Replace the checkpoint at once: a kill or a full disk meanwhile leaves the old one whole."""
         if not self.leads:
             return
         contents = dict(version=VERSION, args=asdict(self.args), iteration=self.iteration, rows=self.rows)
         contents |= {name: part.state_dict() for name, part in self.parts.items()}
-        data = (
-            io.BytesIO()
-        )  # so that a full disk is an OSError, and nothing is computed while the file is open
+        data = io.BytesIO()  # so that a full disk is an OSError, and the file is not open for long
         torch.save(contents | {"here": self.here(envs, memory)}, data)
         with open(self.path / "checkpoint.tmp", "wb") as file:
             file.write(data.getbuffer())
@@ -465,18 +467,10 @@ class Run:
         text = f"{self.iteration} of {self.num_iterations} iterations are done"
         if not self.saved:
             return f"{text}; nothing was saved yet."
-        return f"{text}; the checkpoint is of iteration {self.saved}. To go on: {self.resume_command()}"
-
-    def resume_command(self):
-        """How to go on with this run: what no checkpoint may decide is named again."""
-        args = asdict(self.args)
-        words = ["python magpo.py --resume", shlex.quote(str(self.path))]
-        if imports(args["env"]):
-            words.append(environment(args))
-        for name in sorted(MACHINE):
-            if args[name] != self.args.__dataclass_fields__[name].default:
-                words.append(f"--{name.replace('_', '-')}" + ("" if args[name] is True else f" {args[name]}"))
-        return " ".join(words)
+        names = MACHINE | ({"env", "env_kwargs"} if imports(self.args.env) else set())
+        command = f"python magpo.py --resume {shlex.quote(str(self.path))}"
+        command = f"{command} {spell(type(self.args), vars(self.args), names)}"
+        return f"{text}; the checkpoint is of iteration {self.saved}. To go on: {command.strip()}"
 
     def close(self):
         """Close the files, and say where they are."""
