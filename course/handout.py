@@ -3,7 +3,7 @@
     python course/handout.py FOLDER         the tree without the exercises' solutions, in a new folder
     python course/handout.py bug N FOLDER   the tree with its solutions and with bug N of the hunt
 
-The tree is the files that git tracks, as they stand, without git's history. Neither folder holds the bugs, the
+The tree is the files that git tracks, as they stand, without git's history. Neither holds the bugs, the
 tests that tell which bug breaks what, or what the documents keep behind a fold.
 """
 
@@ -42,7 +42,7 @@ def functions(source):
 
 
 def without_bodies(source, names):
-    """Python source with `raise NotImplementedError` for these functions' bodies; signature and docstring stay.
+    """Python source with `raise NotImplementedError` for these bodies; signatures and docstrings stay.
 
     ValueError if there is no such function.
     """
