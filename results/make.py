@@ -11,7 +11,9 @@ whose rows stand in the CSV are skipped. Returns are the learners' (sampled) and
 episodes, with the parameters of the moment. cpu_seconds is CPU time, evaluations included.
 """
 
+import contextlib
 import csv
+import io
 import itertools
 import math
 import sys
@@ -126,7 +128,8 @@ def train(**options):
             final[policy] = returns.mean().item()
 
     args = magpo.Args(**options)
-    with tempfile.TemporaryDirectory() as folder, mock.patch.object(magpo, "print_table", play_all):
+    quiet = contextlib.redirect_stdout(io.StringIO())
+    with tempfile.TemporaryDirectory() as folder, mock.patch.object(magpo, "print_table", play_all), quiet:
         args.runs_dir = folder
         _, points = compare.read_run(magpo.train(args))
     return args, points, final
