@@ -87,7 +87,9 @@ def bug(number, folder):
     copy_tree(folder)
     # Hides a repository around the folder, in which git would skip the patch without a word
     alone = os.environ | {"GIT_CEILING_DIRECTORIES": str(folder.resolve().parent)}
-    subprocess.run(["git", "apply", BUGS[number].resolve()], cwd=folder, check=True, env=alone)
+    subprocess.run(
+        ["git", "apply", "--unidiff-zero", BUGS[number].resolve()], cwd=folder, check=True, env=alone
+    )
 
 
 def main(words):

@@ -40,10 +40,8 @@ MPE2 = tuple(
 )
 FORAGING = ("gym:Foraging-8x8-2p-2f-coop-v3", "gym:Foraging-2s-8x8-2p-2f-coop-v3")
 REMEMBER = "pettingzoo:results.remember"
-LONG = (
-    "gym:rware-tiny-2ag-v2",
-    "pettingzoo:butterfly.knights_archers_zombies_v11",
-)  # 32 random episodes will do
+LONG = ("gym:rware-tiny-2ag-v2", "pettingzoo:butterfly.knights_archers_zombies_v11")
+RANDOM = dict.fromkeys((*MPE2, *FORAGING, REMEMBER), 512) | dict.fromkeys(LONG, 32)  # episodes of random play
 TEXT_COLUMNS = ("command", "env", "algo", "detail")
 
 
@@ -157,13 +155,13 @@ def sweep(name, text=""):
 def random_returns():
     """Write random.csv: returns of uniformly random play, that of learners whose last layer is zero."""
     rows = ["env,mean,ci95,episodes,command\n"]
-    for env in (*MPE2, *FORAGING, *LONG, REMEMBER):
+    for env, episodes in RANDOM.items():
         args = magpo.Args(env=env, num_envs=8)
         copies = magpo.make_envs(args, 1)
         guider, learner = magpo.build(args, copies)
         copies.close()
         torch.nn.init.zeros_(learner.policy_head.weight)
-        returns = magpo.evaluate(args, guider, learner, "learner", 32 if env in LONG else 512, 0)
+        returns = magpo.evaluate(args, guider, learner, "learner", episodes, 0)
         ci95 = 1.96 * returns.std().item() / math.sqrt(len(returns))
         rows.append(f"{env},{returns.mean():.4g},{ci95:.2g},{len(returns)},python results/make.py random\n")
         print(rows[-1], end="", flush=True)
