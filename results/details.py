@@ -40,7 +40,7 @@ def raw_advantages(buffer, guider, value_norm, args):
     values = buffer["values"] * std + mean
     _, returns, explained_variance = BASE["estimate_advantages"](buffer, guider, value_norm, args)
     mean, std = value_norm.stats()
-    return returns - (values - mean) / std, returns, explained_variance
+    return (returns - (values - mean) / std).float(), returns, explained_variance
 
 
 def per_minibatch(loss, position):
@@ -62,16 +62,16 @@ def loud_heads(inputs, outputs, gain):
 def loud_actions(*args):
     """A guider whose action embeddings start with a deviation of 1, PyTorch's own."""
     guider = BASE["Guider"](*args)
-    nn.init.normal_(guider.action_in.weight)
+    nn.init.normal_(guider.action_token.weight)
     return guider
 
 
-class NoOwnHead(magpo.Guider):
+def no_own_policy(*args):
     """A guider whose logits come from attention alone."""
-
-    def encode(self, *args):
-        own_logits, encoded, values = super().encode(*args)
-        return torch.zeros_like(own_logits), encoded, values
+    guider = BASE["Guider"](*args)
+    own_logits = guider.own.logits
+    guider.own.logits = lambda *inputs: 0 * own_logits(*inputs)
+    return guider
 
 
 MINIBATCH = [
@@ -88,7 +88,7 @@ DETAILS = {  # what is changed: (owner, name, replacement) of each replaced part
     "ReLU for every tanh": ([(torch, "tanh", torch.relu), (nn, "Tanh", nn.ReLU)], {}),
     "no LayerNorm": ([(nn, "LayerNorm", nn.Identity)], {}),
     "action embeddings of deviation 1": ([(magpo, "Guider", loud_actions)], {}),
-    "guider without a head on its own observation": ([(magpo, "Guider", NoOwnHead)], {}),
+    "guider without a policy of its own": ([(magpo, "Guider", no_own_policy)], {}),
     "attention of width 64": ([], dict(embed_dim=64)),
     "no annealing": ([], dict(anneal_lr=False)),
     "no entropy bonus": ([], dict(ent_coef=0.0)),
