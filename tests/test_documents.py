@@ -1,5 +1,6 @@
 """The documents: commands are run, links and names lead somewhere, code runs, scripts print the tables."""
 
+import csv
 import os
 import re
 import shlex
@@ -16,6 +17,7 @@ from mpe2 import simple_spread_v3
 
 import magpo
 from results import make
+from theory import gap
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = ("README.md", "TUTORIAL.md", "course/COURSE.md", "results/RESULTS.md")
@@ -163,6 +165,46 @@ def test_the_tables_of_results_are_printed(capsys):
     assert len(rows) > 40 and not [row for row in rows if row not in printed]
     means = re.findall(r"\*{0,2}(-?\d+\.\d\d)\*{0,2} (\[[^\]]+\])", TEXTS["README.md"])
     assert len(means) >= 8 and all(f"**{mean}** {interval}" in "".join(printed) for mean, interval in means)
+
+
+def test_the_tutorials_tables_are_printed(capsys):
+    """The gap, the KL's direction, and the two tables of training are what their commands print or write."""
+    gap.main()
+    printed = capsys.readouterr().out
+    block = re.search(r"```text\nbacktracking.*?\n(.*?)```", TEXTS["TUTORIAL.md"], re.S)[1]
+    assert block.count("\n") == 7 and all(line in printed for line in block.splitlines())
+    with open(ROOT / "theory" / "kl_direction.csv") as file:
+        first, last = (
+            {(r["game"], float(r["eta"])): r for r in rows} for rows in split(csv.DictReader(file))
+        )
+    told = re.findall(r"^\| (climbing|penalty) \| ([\d.]+) \| (.*) \|$", TEXTS["TUTORIAL.md"], re.M)
+    assert len(told) == 3
+    for game, eta, cells in told:
+        rows = first[game, float(eta)], last[game, float(eta)]
+        numbers = [(float(row["worst_change"]), 100 * float(row["share_at_optimum"])) for row in rows]
+        seen = [float(x.removesuffix(" %")) for x in cells.split(" | ")]
+        assert seen == pytest.approx([x for pair in numbers for x in pair], abs=0.5)
+    make.tables()
+    printed = capsys.readouterr().out
+    parts = TEXTS["TUTORIAL.md"].split("| `coordsum_3x10`, five seeds")[1].split("Climbing is a table")[0]
+    means = re.findall(r"\d+\.\d\d", "".join(re.findall(r"^\|.*", parts, re.M)))
+    assert len(means) == 9 and all(re.search(rf"\b{mean}\b", printed) for mean in means)
+
+
+def split(rows):
+    """Rows with the guider first in the KL, and with the learner first."""
+    rows = list(rows)
+    return [[row for row in rows if row["direction"] == name] for name in ("guider_first", "learner_first")]
+
+
+@pytest.mark.skipif(not (ROOT / "course" / "bugs").exists(), reason="a hand-out has no bugs")
+def test_the_symptoms_told_are_those_measured():
+    with open(ROOT / "course" / "bugs" / "symptoms.csv") as file:
+        rows = list(csv.DictReader(file))
+    for clean, bugged in zip(rows[::2], rows[1::2], strict=True):
+        ranges = [f"{row['lowest']} to {row['highest']}" for row in (clean, bugged)]
+        line = f"| {clean['bug']} | `{clean['options']}` | {clean['symptom']} | {ranges[0]} | {ranges[1]} |"
+        assert line.replace("0 to 0 ", "0 ") in TEXTS["course/COURSE.md"]
 
 
 def test_the_push_table_is_eq_9():
