@@ -1,73 +1,127 @@
-"""What each detail is worth: `python figures/details.py` -> figures/details.csv and a table in Markdown.
+"""What each detail is worth: `python results/details.py` -> details.csv and a table in Markdown.
 
-Takes one detail at a time out of magpo.py (by replacing its text, so that magpo.py needs no option for it), or changes one
-option, and trains mpe_spread with it. Runs whose rows stand in the CSV are skipped; about ten minutes on one core for a seed.
+Each experiment trains mpe_spread with one thing changed: an option, or a part of magpo.py that is replaced
+while it trains. Runs whose rows stand in the CSV are skipped.
 """
 
+import contextlib
 import itertools
 import sys
-import types
 from pathlib import Path
+from unittest import mock
+
+import torch
+from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from figures import make  # noqa: E402
+import magpo
+from results import make
 
-SOURCE = (Path(__file__).parents[1] / "magpo.py").read_text()
-SEEDS, STEPS = (1, 2), 512_000  # a quarter of the preset's budget, with the learning rate falling to zero within it
-HEADS = "action_dim * (1 + continuous), 0.1)"
-SCALED = "(advantages - all_advantages.mean()) / (all_advantages.std() + 1e-8)"
-PICKED = 'log_mu, log_pi, log_old, adv, kl_mu, kl_pi = (x[live] for x in (*logprobs, b["advantages"], *kls))'
-DETAILS = {  # what is changed: (texts and their replacements, options)
+SEEDS, STEPS = (
+    (1, 2, 3),
+    512_000,
+)  # a quarter of the preset's budget, the learning rate falling to zero within it
+BASE = {name: getattr(magpo, name) for name in ("linear", "compute_gae", "estimate_advantages", "Guider")}
+
+
+def time_outs_are_ends(rewards, values, next_values, terminations, truncations, *rest):
+    return BASE["compute_gae"](rewards, values, next_values, terminations | truncations, truncations, *rest)
+
+
+def raw_returns(_):
+    """In place of ValueNorm.stats."""
+    return torch.zeros(()), torch.ones(())
+
+
+def raw_advantages(buffer, guider, value_norm, args):
+    """Advantages in units of the returns' deviation, neither centered nor scaled."""
+    mean, std = value_norm.stats()
+    values = buffer["values"] * std + mean
+    _, returns, explained_variance = BASE["estimate_advantages"](buffer, guider, value_norm, args)
+    mean, std = value_norm.stats()
+    return (returns - (values - mean) / std).float(), returns, explained_variance
+
+
+def per_minibatch(loss, position):
+    """The same loss, with its advantages normalized once more."""
+
+    def changed(*args):
+        args = list(args)
+        advantages = args[position]
+        args[position] = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+        return loss(*args)
+
+    return changed
+
+
+def loud_heads(inputs, outputs, gain):
+    return BASE["linear"](inputs, outputs, 1.0 if gain == 0.1 else gain)
+
+
+def loud_actions(*args):
+    """A guider whose action embeddings start with a deviation of 1, PyTorch's own."""
+    guider = BASE["Guider"](*args)
+    nn.init.normal_(guider.action_token.weight)
+    return guider
+
+
+def no_own_policy(*args):
+    """A guider whose logits come from attention alone."""
+    guider = BASE["Guider"](*args)
+    own_logits = guider.own.logits
+    guider.own.logits = lambda *inputs: 0 * own_logits(*inputs)
+    return guider
+
+
+MINIBATCH = [
+    (magpo, "guider_loss", per_minibatch(magpo.guider_loss, 3)),
+    (magpo, "learner_loss", per_minibatch(magpo.learner_loss, 2)),
+]
+DETAILS = {  # what is changed: (owner, name, replacement) of each replaced part; options
     "nothing": ([], {}),
-    "time-outs count as ends": ([("next_values, *ended,", "next_values, ended[0] | ended[1], ended[1],")], {}),
-    "returns not normalised": ([("return mean, (square - mean.square()).clamp(min=1e-6).sqrt()", "return mean * 0, mean * 0 + 1")], {}),
-    "advantages not normalised": ([(SCALED, "advantages")], {}),
-    "advantages normalised per minibatch": ([(PICKED, PICKED + "; adv = (adv - adv.mean()) / (adv.std() + 1e-8)")], {}),
-    "policy heads start with gain 1": ([(HEADS, HEADS.replace("0.1", "1.0"))], {}),
-    "ReLU for every tanh": ([(".tanh()", ".relu()"), ("nn.Tanh()", "nn.ReLU()")], {}),
-    "the guider's features as narrow as its blocks": ([("obs_dim, 4 * dim, dim", "obs_dim, dim, dim")], {}),
+    "time-outs count as ends": ([(magpo, "compute_gae", time_outs_are_ends)], {}),
+    "returns not normalized": ([(magpo.ValueNorm, "stats", raw_returns)], {}),
+    "advantages not normalized": ([(magpo, "estimate_advantages", raw_advantages)], {}),
+    "advantages normalized per minibatch": (MINIBATCH, {}),
+    "policy heads start with gain 1": ([(magpo, "linear", loud_heads)], {}),
+    "ReLU for every tanh": ([(torch, "tanh", torch.relu), (nn, "Tanh", nn.ReLU)], {}),
+    "no LayerNorm": ([(nn, "LayerNorm", nn.Identity)], {}),
+    "action embeddings of deviation 1": ([(magpo, "Guider", loud_actions)], {}),
+    "guider without a policy of its own": ([(magpo, "Guider", no_own_policy)], {}),
+    "attention of width 64": ([], dict(embed_dim=64)),
     "no annealing": ([], dict(anneal_lr=False)),
     "no entropy bonus": ([], dict(ent_coef=0.0)),
     "lambda 0": ([], dict(lam=0.0)),
-    "half as many minibatches, learning rate 6e-3": ([], dict(num_minibatches=8, learning_rate=6e-3)),
+    "half as many minibatches": ([], dict(num_minibatches=8)),
     "one epoch": ([], dict(update_epochs=1)),
-    "128 copies, 8 minibatches": ([], dict(num_envs=128, num_minibatches=8)),
     "two threads": ([], dict(torch_threads=2)),
-}  # fmt: skip
-
-
-def changed(changes):
-    """The module magpo with its text changed; ValueError if a text is no longer there."""
-    source = SOURCE
-    for old, new in changes:
-        if old not in source:
-            raise ValueError(f"magpo.py has no {old!r} any more; change figures/details.py, too.")
-        source = source.replace(old, new)
-    module = sys.modules["magpo"] = types.ModuleType("magpo")  # where dataclasses look for it
-    exec(compile(source, "magpo.py", "exec"), module.__dict__)
-    return module
+}
 
 
 def run(detail, seed):
     """Train with one thing changed, append a row to the CSV and print it."""
-    changes, options = DETAILS[detail]
-    options = dict(env="mpe_spread", total_timesteps=STEPS, eval_every=10_000, seed=seed) | options
-    _, metrics, final = make.train(changed(changes), options)
-    numbers = dict(learners=final["learner"], guider=final["guider"], cpu_seconds=float(metrics[-1]["cpu_seconds"]))
+    replaced, options = DETAILS[detail]
+    with contextlib.ExitStack() as stack:
+        for owner, name, replacement in replaced:
+            stack.enter_context(mock.patch.object(owner, name, replacement))
+        options = dict(env="mpe_spread", total_timesteps=STEPS, eval_every=10_000, seed=seed) | options
+        _, points, final = make.train(**options)
+    numbers = dict(learners=final["learner"], guider=final["guider"], cpu_seconds=points[-1]["cpu_seconds"])
     row = dict(detail=detail, seed=seed) | {name: f"{value:.5g}" for name, value in numbers.items()}
     make.append("details", [row])
     print(*row.values(), sep="  ", flush=True)
 
 
 def table():
-    """Print, for each detail, the learners' return with each seed, and the means of the guider's and of the CPU-seconds."""
+    """Print each detail's returns of the learners by seed, and the guider's and the CPU-seconds' means."""
     print("\n| changed | learners | guider | CPU-seconds |\n|---|---|---|---|")
-    for detail in DETAILS:
-        if rows := [row for row in make.read("details") if row["detail"] == detail]:
-            guider, cpu = (sum(row[key] for row in rows) / len(rows) for key in ("guider", "cpu_seconds"))
-            seeds = ", ".join(f"{row['learners']:.2f}" for row in rows)
-            print(f"| {detail} | {seeds} | {guider:.2f} | {cpu:.0f} |")
+    found = make.read("details")
+    for detail in dict.fromkeys(row["detail"] for row in found):
+        rows = [row for row in found if row["detail"] == detail]
+        guider, cpu = (sum(row[key] for row in rows) / len(rows) for key in ("guider", "cpu_seconds"))
+        seeds = ", ".join(f"{row['learners']:.2f}" for row in rows)
+        print(f"| {detail} | {seeds} | {guider:.2f} | {cpu:.0f} |")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The smallest task that needs memory: `python magpo.py --env pettingzoo:figures.remember --recurrent`."""
+"""The smallest task that needs memory: `python magpo.py --env pettingzoo:results.remember --recurrent`."""
 
 import numpy as np
 from gymnasium.spaces import Box, Discrete
@@ -6,9 +6,10 @@ from pettingzoo import ParallelEnv
 
 
 class parallel_env(ParallelEnv):
-    """Two agents see a number once, at the start; in the fifth step both must name it. Without memory: 1 / 3 at best."""
+    """Two agents see a number once, at the start. In the fifth step both must name it."""
 
-    metadata, possible_agents = {}, ["left", "right"]
+    metadata = {}
+    possible_agents = ["left", "right"]
 
     def observation_space(self, agent):
         return Box(0, 1, (3,), np.float32)
@@ -17,8 +18,11 @@ class parallel_env(ParallelEnv):
         return Discrete(3)
 
     def reset(self, seed=None, options=None):
-        self.agents, self.time, self.number = self.possible_agents, 0, np.random.default_rng(seed).integers(3)
-        return dict.fromkeys(self.agents, np.eye(3, dtype=np.float32)[self.number]), {agent: {} for agent in self.agents}
+        self.agents = self.possible_agents
+        self.time = 0
+        self.number = np.random.default_rng(seed).integers(3)
+        number = np.eye(3, dtype=np.float32)[self.number]
+        return dict.fromkeys(self.agents, number), {agent: {} for agent in self.agents}
 
     def step(self, actions):
         self.time += 1
@@ -26,4 +30,5 @@ class parallel_env(ParallelEnv):
         paid = float(over and all(action == self.number for action in actions.values()))
         self.agents = [] if over else self.agents
         obs, infos = dict.fromkeys(actions, np.zeros(3, np.float32)), {agent: {} for agent in actions}
-        return obs, dict.fromkeys(actions, paid), dict.fromkeys(actions, over), dict.fromkeys(actions, False), infos
+        rewards, terminated = dict.fromkeys(actions, paid), dict.fromkeys(actions, over)
+        return obs, rewards, terminated, dict.fromkeys(actions, False), infos

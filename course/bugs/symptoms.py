@@ -1,6 +1,8 @@
-"""What each bug of the hunt does to the metrics, seed 1: `python figures/bugs/symptoms.py` -> figures/bugs/symptoms.csv.
+"""What each bug of the hunt does to metrics.csv: `python course/bugs/symptoms.py` -> symptoms.csv.
 
-Trains every command of RUNS twice, clean and with the bug, in trees that figures/kit.py makes; minutes on one core.
+Trains every command of RUNS with five seeds, clean and with the bug, in trees that course/handout.py makes. A
+symptom counts if the five bugged numbers lie apart from the five clean ones. Bug 4's is another: each seed's
+return in row 10 is what the clean tree has in row 9.
 """
 
 import csv
@@ -12,51 +14,98 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from figures import kit
+from course import handout
 
-ONE_STEP = "--update-epochs 1 --num-minibatches 1"  # one gradient step per rollout: the ratio of every sample is 1
-RUNS = [
-    (1, f"--env matrix_sum10 {ONE_STEP}", ["clip_frac"]),
-    (1, "--env matrix_sum10", ["guider_return", "clip_frac"]),
-    (1, "--env coordsum_3x10 --total-timesteps 64000", ["learner_return", "clip_frac"]),
-    (2, "--env mpe_spread --total-timesteps 160000", ["learner_return", "explained_variance", "value_loss"]),
-    (3, "--env mpe_spread --recurrent --num-steps 5 --total-timesteps 64000", ["learner_return"]),
-    (3, f"--env mpe_spread --algo mappo --recurrent --num-steps 5 --total-timesteps 32000 {ONE_STEP}", ["clip_frac", "guider_loss"]),
-    (4, "--env matrix_sum10 --eval-every 1", ["learner_return", "guider_return", "kl", "entropy", "clip_frac", "guider_loss", "learner_loss"]),
-    (5, "--env matrix_sum10", ["guider_return", "entropy", "clip_frac", "guider_loss"]),
-    (5, f"--env matrix_sum10 {ONE_STEP}", ["clip_frac"]),
+SEEDS = (1, 2, 3, 4, 5)
+# One gradient step per rollout: mu is still mu_old, and clip_frac 0 however narrow the clip
+ONE_STEP = "--update-epochs 1 --num-minibatches 1 --clip-coef 0.001"
+
+
+def largest(name):
+    return lambda rows: max(abs(row[name]) for row in rows)
+
+
+def mean(name):
+    return lambda rows: sum(row[name] for row in rows) / len(rows)
+
+
+def last(name):
+    return lambda rows: rows[-1][name]
+
+
+def evaluation(row):
+    return lambda rows: rows[row - 1]["learner_return"]
+
+
+EVERY = "--env matrix_sum10 --total-timesteps 10240 --eval-every 1"
+
+
+RUNS = [  # bug, options, what is read off a run, and how
+    (
+        "1",
+        f"--env matrix_sum10 --total-timesteps 10240 {ONE_STEP}",
+        "largest clip_frac",
+        largest("clip_frac"),
+    ),
+    ("2", "--env mpe_spread --total-timesteps 160000", "last explained_variance", last("explained_variance")),
+    (
+        "3",
+        f"--env mpe_spread --algo mappo --recurrent --num-steps 5 --total-timesteps 12800 {ONE_STEP}",
+        "largest clip_frac",
+        largest("clip_frac"),
+    ),
+    ("4", EVERY, "learner_return in row 9", evaluation(9)),
+    ("4", EVERY, "learner_return in row 10", evaluation(10)),
+    (
+        "5",
+        f"--env matrix_sum10 --total-timesteps 10240 {ONE_STEP}",
+        "largest clip_frac",
+        largest("clip_frac"),
+    ),
+    ("5", "--env matrix_sum10", "mean guider_return", mean("guider_return")),
 ]
 
 
 def metrics(tree, options):
-    """Train in a tree -> columns of metrics.csv, lists of floats without the iterations that have no number."""
+    """Train in a tree -> rows of its metrics.csv, dicts of floats."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "magpo.py", *options.split(), "--runs-dir", folder, "--eval-episodes", "128"]
-        subprocess.run(command, cwd=tree, check=True, capture_output=True, env=os.environ | {"PYTHONPATH": ""})
+        command = [sys.executable, "magpo.py", *options.split(), "--runs-dir", folder, "--eval-episodes", "1"]
+        subprocess.run(
+            command, cwd=tree, check=True, capture_output=True, env=os.environ | {"PYTHONPATH": ""}
+        )
         (file,) = Path(folder).glob("*/metrics.csv")
-        rows = list(csv.DictReader(file.read_text().splitlines()))
-    return {name: [float(row[name]) for row in rows if row[name] != "nan"] for name in rows[0]}
+        rows = csv.DictReader(file.read_text().splitlines())
+        return [{name: float(x) for name, x in row.items()} for row in rows]
 
 
 def main():
-    """Print and write: first three values, mean, largest size and last value of every metric, clean and with the bug."""
-    table = []
+    table, known = [], {}
     with tempfile.TemporaryDirectory() as folder:
-        for number in sorted({number for number, _, _ in RUNS}):
-            kit.bug(str(number), Path(folder) / str(number))
-        for number, options, names in RUNS:
-            for tree in (kit.ROOT, Path(folder) / str(number)):
-                columns = metrics(tree, options)
-                for name in names:
-                    x = columns[name]
-                    numbers = dict(first=" ".join(f"{v:.3g}" for v in x[:3]), mean=sum(x) / len(x), largest=max(x, key=abs), last=x[-1])
-                    numbers = {key: f"{v:.4g}" if isinstance(v, float) else v for key, v in numbers.items()}
-                    kind = "clean" if tree == kit.ROOT else "bugged"
-                    table.append(dict(bug=number, tree=kind, metric=name) | numbers | dict(options=options))
-                    print(*table[-1].values(), sep="  ", flush=True)
+        trees = {number: Path(folder) / number for number in dict.fromkeys(run[0] for run in RUNS)}
+        for number, tree in trees.items():
+            handout.bug(number, tree)
+        for number, options, what, read in RUNS:
+            for kind, tree in (("clean", handout.ROOT), ("bugged", trees[number])):
+                values = []
+                for seed in SEEDS:
+                    key = kind, number, options, seed
+                    if key not in known:
+                        known[key] = metrics(tree, f"{options} --seed {seed}")
+                    values.append(read(known[key]))
+                texts = [f"{value:.3g}" for value in values]
+                row = dict(
+                    bug=number,
+                    tree=kind,
+                    symptom=what,
+                    lowest=f"{min(values):.3g}",
+                    highest=f"{max(values):.3g}",
+                )
+                table.append(row | dict(each_seed=" ".join(texts), options=options))
+                print(*table[-1].values(), sep="  ", flush=True)
     with open(Path(__file__).with_suffix(".csv"), "w", newline="") as file:
         writer = csv.DictWriter(file, table[0], lineterminator="\n")
-        writer.writeheader(), writer.writerows(table)
+        writer.writeheader()
+        writer.writerows(table)
 
 
 if __name__ == "__main__":
