@@ -332,36 +332,30 @@ def replay(networks, log, algo="magpo"):
     next_values = torch.empty_like(values)
     for t, e in itertools.product(range(len(obs)), range(E)):
         first = starts[: t + 1, e].nonzero().max()  # the episode so far, and then its last observation
-        past = [
-            torch.cat([whole[k][first : t + 1, e], whole[f"final_{k}"][t : t + 1, e]])
-            for k in ("obs", "state")
-        ]
-        begins = (torch.arange(len(past[0])) == 0).unsqueeze(1)
-        _, _, v = guider.encode(past[0].unsqueeze(1), past[1].unsqueeze(1), (hidden[:1], begins))
+        past = {}
+        for k in ("obs", "state"):
+            past[k] = torch.cat([whole[k][first : t + 1, e], whole[f"final_{k}"][t : t + 1, e]]).unsqueeze(1)
+        begins = (torch.arange(len(past["obs"])) == 0).unsqueeze(1)
+        _, _, v = guider.encode(**past, memory=(hidden[:1], begins))
         next_values[t, e] = v[-1, 0]
     return (pi if algo == "mappo" else mu), pi, values, next_values, whole
 
 
-VARIANTS = [dict(algo="magpo"), dict(algo="mappo"), dict(algo="ctds"), dict(algo="magpo", recurrent=True),
-            dict(algo="mappo", recurrent=True)]  # fmt: skip
-
-
-def name_of(options):
-    return "-".join(str(x) for x in options.values())
-
-
-@pytest.mark.parametrize("options", VARIANTS, ids=name_of)
-def test_training_on_what_was_seen(options, chaos):
+@pytest.mark.parametrize("recurrent", [False, True])
+@pytest.mark.parametrize(
+    "algo, bound, weight", [("magpo", 1.3, 0.7), ("mappo", 1.3, 0.0), ("ctds", math.inf, 0.0)]
+)
+def test_training_on_what_was_seen(algo, bound, weight, recurrent, chaos):
     """Networks held still: in every iteration the equations get what a replay of the run gives."""
-    seen = chaos(**options, learning_rate=1e-30, delta=1.3, lam=0.7)
+    seen = chaos(algo=algo, recurrent=recurrent, learning_rate=1e-30, delta=1.3, lam=0.7)
     args = seen["args"]
-    mu, pi, values, next_values, whole = replay(seen["networks"], seen["log"], args.algo)
+    mu, pi, values, next_values, whole = replay(seen["networks"], seen["log"], algo)
     log_mu, log_pi = mu.log_prob(whole["actions"]), pi.log_prob(whole["actions"])
     kl = magpo.kl_divergence(mu, pi)
     parts = [log_mu, log_pi, values, next_values, kl, mu.entropy()]
     parts += [whole[k].unsqueeze(-1) for k in ("rewards", "terminations", "truncations")]
     assert whole["terminations"].any() and whole["truncations"].any()
-    norm, total = magpo.ValueNorm(), torch.zeros(5)
+    norm, total = magpo.ValueNorm(decay=0.99), torch.zeros(5)
 
     def close(x, expected):
         torch.testing.assert_close(x.detach().flatten(), expected.flatten().to(x.dtype), rtol=1e-3, atol=1e-5)
@@ -379,9 +373,7 @@ def test_training_on_what_was_seen(options, chaos):
         assert row["explained_variance"] == pytest.approx(explained.item(), abs=1e-3)
         norm.update(returns)
         mean, std = norm.stats()
-        assert row["value_loss"] == pytest.approx(
-            0.5 * (V - (returns - mean) / std).square().mean().item(), rel=1e-3
-        )
+        loss_v = 0.5 * (V - (returns - mean) / std).square()
         normal = (advantages - advantages.mean()) / advantages.std(correction=0)
 
         inputs_mu, inputs_pi = seen["guider_loss"][k][0], seen["learner_loss"][k][0]
@@ -389,9 +381,8 @@ def test_training_on_what_was_seen(options, chaos):
             close(x, expected)
         for x, expected in zip(inputs_pi[:4], (log_pi, log_mu, normal, kl), strict=True):
             close(x, expected)
-        bound, weight = dict(magpo=(1.3, 0.7), mappo=(1.3, 0.0), ctds=(math.inf, 0.0))[args.algo]
         assert inputs_mu[5:] == (args.clip_coef, bound) and inputs_pi[4:] == (args.clip_coef, weight)
-        for name, expected in (("entropy", entropy), ("kl", kl)):
+        for name, expected in (("entropy", entropy), ("kl", kl), ("value_loss", loss_v)):
             assert row[name] == pytest.approx(expected.mean().item(), rel=1e-3, abs=1e-5)
 
         finished = []
@@ -413,12 +404,8 @@ def test_a_step_of_both_networks(algo, anneal_lr, chaos):
         assert lr == pytest.approx(1e-3 * remaining[k])
         assert norms == pytest.approx([1e-3, 1e-3], rel=1e-2) and moved == [True, True]
         assert min(row["guider_grad_norm"], row["learner_grad_norm"]) > 1e-3  # as they were before
-        total = (
-            row["guider_loss"]
-            - 0.3 * remaining[k] * row["entropy"]
-            + 0.7 * row["value_loss"]
-            + row["learner_loss"]
-        )
+        total = row["guider_loss"] + row["learner_loss"] + 0.7 * row["value_loss"]
+        total -= 0.3 * remaining[k] * row["entropy"]
         assert seen["total"][k] == pytest.approx(total, rel=1e-5)
         loss, mask_frac, clip_frac = (x.item() for x in seen["guider_loss"][k][1])
         expected = dict(guider_loss=loss, mask_frac=mask_frac, clip_frac=clip_frac)
@@ -432,10 +419,8 @@ def test_a_step_of_both_networks(algo, anneal_lr, chaos):
 @pytest.mark.parametrize("recurrent", [False, True])
 def test_every_epoch_takes_every_minibatch_with_fresh_gradients(recurrent, chaos):
     """Of single steps, or with memory of whole sequences."""
-    options = dict(
-        num_minibatches=5, update_epochs=2, max_grad_norm=1e9, learning_rate=1e-30, total_timesteps=35
-    )
-    seen = chaos(recurrent=recurrent, **options)
+    options = dict(num_minibatches=5, update_epochs=2, max_grad_norm=1e9, total_timesteps=35)
+    seen = chaos(recurrent=recurrent, learning_rate=1e-30, **options)
     norms = torch.tensor([step[1] for step in seen["adam"]])
     assert norms.shape == (10, 2) and len(norms[:, 0].round(decimals=6).unique()) == 5
     torch.testing.assert_close(norms[:5], norms[5:])
@@ -471,14 +456,12 @@ def test_seeds_repeat_and_differ(tmp_path):
 
 def test_logged_returns_are_of_the_updated_learners(tmp_path):
     """The last row's learner_return is what the checkpoint plays, not the learners of before the update."""
-    options = QUICK | dict(env="coordsum_3x10", learning_rate=0.02, runs_dir=str(tmp_path), num_steps=100,
-                           total_timesteps=1600, eval_every=1)  # fmt: skip
-    run_dir = magpo.train(magpo.Args(**options))
-    args, guider, learner = magpo.load(run_dir)
-    episodes = magpo.affordable(
-        args.num_envs, args.eval_every * args.num_envs * args.num_steps, envs.make(args.env, 1)
+    options = QUICK | dict(
+        env="mpe_spread", num_steps=25, total_timesteps=600, eval_every=10, learning_rate=0.02
     )
-    played = magpo.evaluate(args, guider, learner, "learner", episodes, args.seed + 1).mean().item()
+    run_dir = magpo.train(magpo.Args(runs_dir=str(tmp_path), **options))
+    args, guider, learner = magpo.load(run_dir)
+    played = magpo.evaluate(args, guider, learner, "learner", 8, args.seed + 1).mean().item()
     assert read_metrics(run_dir)[-1]["learner_return"] == played
 
 
@@ -521,7 +504,8 @@ def test_evaluation_by_hand(policy, monkeypatch):
     assert (log_mu if policy == "guider" else log_pi) > 0.98
     assert (log_pi if policy == "guider" else log_mu) < 0.9
     finished = episodes_of(env.log)
-    torch.testing.assert_close(returns.view(3, 4), torch.tensor([x[:3] for x in finished]).T)
+    expected = [x for copy in finished for x in copy[:3]]
+    assert sorted(returns.tolist()) == pytest.approx(sorted(expected), abs=1e-5)
     assert min(map(len, finished)) == 3  # and then it stopped
 
 
@@ -551,9 +535,9 @@ def test_evaluation_ends_in_time_and_counts_what_has_finished(end, stop_at, monk
     monkeypatch.setattr(Chaos, "step", count)
     returns = magpo.evaluate(args, *nets, "learner", 10, seed=3, stop=stop)
     log = Chaos.made[-1].log
-    assert len(log) == min(3 * 5, stop_at)
-    finished = [x[:3] for x in episodes_of(log)]
-    assert sorted(returns.tolist()) == pytest.approx(sorted(sum(finished, [])))
+    assert min(3 * 5, stop_at) <= len(log) <= min(3 * 6, stop_at)
+    expected = [x for copy in episodes_of(log) for x in copy[:3]]
+    assert sorted(returns.tolist()) == pytest.approx(sorted(expected), abs=1e-5)
     assert (len(returns) == 0) == (end == 0.0) and returns.mean().isnan() == (end == 0.0)
 
 
@@ -566,24 +550,21 @@ def test_the_table_shows_what_was_played(monkeypatch, capsys):
     assert first.startswith("mpe_spread, magpo, seed 1:") and last.split() == ["(random)", "-1.25"]
     for policy, line in zip(("learner", "learner_greedy", "guider"), lines, strict=True):
         x = magpo.evaluate(args, *nets, policy, 10, args.seed + 2)
-        assert (
-            line.split()[0] == policy
-            and f"{x.mean():.2f} +- {1.96 * x.std() / math.sqrt(12):.2f} (12 epi" in line
-        )
-        assert f"{(x > 1).float().mean():.0%} won" in line
-    magpo.print_table(
-        magpo.Args(algo="mappo", **{k: getattr(args, k) for k in ("num_envs", "state")}), *nets, [2]
-    )
-    assert capsys.readouterr().out.count("(0 episodes") == 2  # no guider; and nobody plays on after Ctrl-C
+        shown = f"{x.mean():.2f} +- {1.96 * x.std() / math.sqrt(12):.2f} (12 episodes"
+        assert line.split()[0] == policy and shown in line and f"{(x > 1).float().mean():.0%} won" in line
+    args.algo = "mappo"
+    magpo.print_table(args, *nets)
+    assert "guider " not in capsys.readouterr().out  # it has no policy
+    played = len(Chaos.made)
+    magpo.print_table(args, *nets, [2])
+    assert not any(made.log for made in Chaos.made[played:])  # nobody plays on after Ctrl-C
 
 
 @pytest.mark.slow
 def test_learners_score_the_same_on_mpe2(tmp_path):
     """Train briefly on the batched environment, then act from the same starts in both."""
-    args = magpo.Args(
-        env="mpe_spread", runs_dir=str(tmp_path), total_timesteps=64_000, num_envs=128, eval_episodes=8
-    )
-    _, _, learner = magpo.load(magpo.train(args))
+    options = dict(num_envs=128, total_timesteps=64_000, eval_episodes=8, runs_dir=str(tmp_path))
+    _, _, learner = magpo.load(magpo.train(magpo.Args(env="mpe_spread", **options)))
     learner.requires_grad_(False)
     real, episodes, starts, theirs = simple_spread_v3.parallel_env(N=3, max_cycles=25), 200, [], []
     torch.manual_seed(0)
