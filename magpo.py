@@ -103,8 +103,9 @@ def distribution(logits, continuous, action_mask=None):
     """Policy of every agent: Categorical from (..., N, A), or diagonal Gaussian from (..., N, 2 A)."""
     if not continuous:
         return Categorical(logits=logits if action_mask is None else logits.masked_fill(~action_mask, -1e9))
-    mean, log_std = logits.chunk(2, -1)
-    return Independent(Normal(mean + 0.5, (log_std - 1).clamp(-4, 1).exp()), 1)  # actions lie in [0, 1]
+    # Actions lie in [0, 1]. Softsign bounds mean and deviation, and has a gradient everywhere that leads back
+    mean, log_std = nn.functional.softsign(logits).chunk(2, -1)
+    return Independent(Normal(0.5 + mean, (2.5 * log_std - 1.5).exp()), 1)
 
 
 def sample(policy):
