@@ -29,11 +29,12 @@ def networks(num_agents=4, obs_dim=6, action_dim=5, continuous=False, recurrent=
     """A guider and learners in float64 whose outputs are far from uniform, so that every dependence shows."""
     torch.manual_seed(0)
     sizes = num_agents, obs_dim, action_dim, continuous
-    guider = magpo.Guider(*sizes, dim=16, hidden_dim=12, recurrent=recurrent, state_dim=state_dim).double()
-    learner = magpo.Learner(*sizes, dim=12, recurrent=recurrent).double()
-    for layer in (guider.own_head, guider.correction_head, guider.action_in, learner.policy_head):
+    more = dict(hidden_dim=12, recurrent=recurrent)
+    guider = magpo.Guider(*sizes, embed_dim=16, state_dim=state_dim, **more).double()
+    learner = magpo.Learner(*sizes, **more).double()
+    for layer in (guider.own.policy_head, guider.correction_head, guider.action_token, learner.policy_head):
         torch.nn.init.normal_(layer.weight, std=0.5)
-    for network in (guider, learner):
+    for network in (guider, guider.own, learner):
         torch.nn.init.normal_(network.obs_encoder.agent_id)
     return guider, learner
 
@@ -69,7 +70,7 @@ def test_learners_are_decentralized():
     """Agent i's policy hangs on its own observation and on its own past, and on nothing else."""
     _, learner = networks(recurrent=True)
     obs = randn(3, 9, 4, 6).requires_grad_()  # three steps of nine copies
-    hidden, starts = randn(9, 4, 2, 12).requires_grad_(), torch.zeros(3, 9, dtype=torch.bool)
+    hidden, starts = randn(9, 4, 3, 12).requires_grad_(), torch.zeros(3, 9, dtype=torch.bool)
     logits = learner(obs, memory=(hidden, starts)).logits
     for i in range(4):
         others = [j for j in range(4) if j != i]
@@ -121,7 +122,7 @@ def test_exercise_2_sampled_logprobs_equal_the_parallel_pass(continuous):
     guider, _ = networks(continuous=continuous, recurrent=True, state_dim=3)
     obs, mask = randn(50, 4, 6), torch.rand(50, 4, 5) < 0.7
     mask[..., 2] = True
-    inputs = dict(state=randn(50, 3), memory=(randn(50, 4, 2, 12), torch.rand(50) < 0.5))
+    inputs = dict(state=randn(50, 3), memory=(randn(50, 4, 3, 12), torch.rand(50) < 0.5))
     inputs |= {} if continuous else dict(action_mask=mask)
     actions, logprobs, values = guider.act(obs, **inputs)
     mu, parallel_values = guider(obs, actions, **inputs)
@@ -157,7 +158,7 @@ def test_memory_over_a_rollout_equals_step_by_step():
     guider, learner = networks(recurrent=True)
     T, E = 7, 5
     obs, actions, starts = randn(T, E, 4, 6), torch.randint(5, (T, E, 4)), torch.rand(T, E) < 0.3
-    hidden = randn(E, 4, 2, 12)
+    hidden = randn(E, 4, 3, 12)
     pi = learner(obs, memory=(hidden, starts))
     mu, values = guider(obs, actions, memory=(hidden, starts))
     for t in range(T):
@@ -172,7 +173,7 @@ def test_memory_over_a_rollout_equals_step_by_step():
 
 def test_memory_lasts_within_an_episode_and_ends_with_it():
     _, learner = networks(recurrent=True)
-    obs, hidden = randn(6, 1, 4, 6), randn(1, 4, 2, 12)
+    obs, hidden = randn(6, 1, 4, 6), randn(1, 4, 3, 12)
     starts = torch.tensor([False, False, False, True, False, False]).unsqueeze(1)
     logits = learner(obs, memory=(hidden, starts)).logits
     for changed_step, reached in ((1, [1, 2]), (3, [3, 4, 5])):
@@ -309,7 +310,7 @@ def test_each_loss_moves_only_its_own_network(continuous):
 def test_exercise_5_backtracking_makes_the_guider_the_learner_to_the_last_bit(continuous):
     """And leaves its critic as it was, and the learners."""
     guider, learner = networks(continuous=continuous)
-    for head in (guider.own_head, guider.correction_head, learner.policy_head):
+    for head in (guider.own.policy_head, guider.correction_head, learner.policy_head):
         torch.nn.init.normal_(head.bias)
     kept = [module.state_dict() for module in (guider.encoder, guider.value_head, learner)]
     kept = [{name: x.clone() for name, x in state.items()} for state in kept]

@@ -74,10 +74,10 @@ def test_memory_is_pytorchs_gru():
     encoder, gru = networks(recurrent=True)[0].obs_encoder, torch.nn.GRU(12, 12).double()
     for name, parameter in encoder.gru.named_parameters():
         getattr(gru, f"{name}_l0").data.copy_(parameter.data)
-    obs, hidden = randn(5, 2, 4, 6), randn(2, 4, 2, 12)
+    obs, hidden = randn(5, 2, 4, 6), randn(2, 4, 3, 12)
     seen = encoder(obs, (hidden, torch.zeros(5, 2, dtype=torch.bool)))
     encoder.gru = None
-    expected, _ = gru(encoder(obs).flatten(1, 2), hidden[:, :, 1].flatten(0, 1).unsqueeze(0).contiguous())
+    expected, _ = gru(encoder(obs).flatten(1, 2), hidden[:, :, 2].flatten(0, 1).unsqueeze(0).contiguous())
     assert_close(seen.flatten(1, 2), expected)
 
 
@@ -119,7 +119,7 @@ def test_the_global_state_reaches_the_guider_alone(state):
     env = magpo.make_envs(args, 9)
     guider, learner = magpo.build(args, env)
     obs, infos = env.reset(seed=0)
-    assert (guider.state_in is not None) == ("state" in infos) == state
+    assert (guider.state_token is not None) == ("state" in infos) == state
     if state:
         actions, seen = torch.zeros(9, 3, dtype=torch.long), infos["state"].requires_grad_()
         torch.nn.init.normal_(guider.correction_head.weight)
@@ -290,7 +290,7 @@ def chaos(monkeypatch, tmp_path):
 
     def build(*args, build=magpo.build):
         seen["networks"] = guider, learner = build(*args)
-        for head in (guider.own_head, guider.correction_head, learner.policy_head):
+        for head in (guider.own.policy_head, guider.correction_head, learner.policy_head):
             torch.nn.init.normal_(head.weight, std=0.3)
         return guider, learner
 
@@ -325,7 +325,7 @@ def replay(networks, log, algo="magpo"):
     obs, mask, state = whole["obs"], whole["action_mask"], whole["state"]
     over = whole["terminations"] | whole["truncations"]
     E = obs.shape[1]
-    hidden = torch.zeros(E, 3, 2, 16 if learner.obs_encoder.gru else 0)
+    hidden = torch.zeros(E, 3, 3, 16 if learner.obs_encoder.gru else 0)
     starts = torch.cat([torch.ones(1, E, dtype=torch.bool), over[:-1]])
     pi = learner(obs, mask, (hidden, starts))
     mu, values = guider(obs, whole["actions"], mask, state, (hidden, starts))
@@ -336,7 +336,7 @@ def replay(networks, log, algo="magpo"):
         for k in ("obs", "state"):
             past[k] = torch.cat([whole[k][first : t + 1, e], whole[f"final_{k}"][t : t + 1, e]]).unsqueeze(1)
         begins = (torch.arange(len(past["obs"])) == 0).unsqueeze(1)
-        _, _, v = guider.encode(**past, memory=(hidden[:1], begins))
+        _, v = guider.encode(**past, memory=(hidden[:1], begins))
         next_values[t, e] = v[-1, 0]
     return (pi if algo == "mappo" else mu), pi, values, next_values, whole
 
@@ -477,7 +477,7 @@ def untrained(monkeypatch, **options):
     args = magpo.Args(num_envs=4, state=True, embed_dim=16, hidden_dim=16, **options)
     torch.manual_seed(0)
     guider, learner = magpo.build(args, Chaos)
-    for head in (guider.own_head, learner.policy_head):
+    for head in (guider.own.policy_head, learner.policy_head):
         torch.nn.init.normal_(head.weight, std=300)
     return args, guider, learner
 
