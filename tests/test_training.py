@@ -429,6 +429,13 @@ def test_every_epoch_takes_every_minibatch_with_fresh_gradients(recurrent, chaos
     assert shapes == ({(7, 1, 3)} if recurrent else {(1, 7, 3)})
 
 
+def test_the_old_policy_is_the_rollouts_in_every_epoch(chaos):
+    seen = chaos(update_epochs=3, learning_rate=0.01, total_timesteps=35)
+    first, _, last = [inputs for inputs, *_ in seen["guider_loss"]]
+    assert torch.equal(last[2], first[2]) and (last[0] - last[2]).abs().max() > 1e-3
+    assert all(torch.equal(inputs[1], first[2]) for inputs, *_ in seen["learner_loss"])
+
+
 @pytest.mark.parametrize("recurrent", [False, True])
 def test_after_reset_every_rollout_is_the_learners(recurrent, chaos):
     """And what is kept in the end, and evaluated, is mu = pi, too."""
