@@ -6,9 +6,8 @@ where paper, official code and this file differ.
 
 A team of N agents shares one reward. Two policies are trained together:
 
-    guider    mu(a|s) = prod_j mu(a^j | s, a^1..a^{j-1})   acts agent by agent, sees all observations (s); it is
-                                                           for training only
-    learners  pi(a|o) = prod_i pi(a^i | o^i)               each sees its own observation; these you deploy
+    guider    mu(a|s) = prod_j mu(a^j | s, a^1..a^{j-1})  sees all observations, acts in turn; to train with
+    learners  pi(a|o) = prod_i pi(a^i | o^i)              each sees its own observation; to deploy
 
 Each iteration of train() takes the paper's four steps. Steps 2 and 3 take turns, minibatch by minibatch:
 
@@ -53,7 +52,7 @@ class Args:
     learning_rate: float | None = None  # Adam's step size
     anneal_lr: bool = True  # lower the learning rate and the entropy bonus linearly to zero
     gamma: float | None = None  # discount factor
-    gae_lambda: float = 0.9  # lambda of generalized advantage estimation (not the paper's lambda)
+    gae_lambda: float | None = None  # lambda of generalized advantage estimation (not the paper's lambda)
     num_minibatches: int | None = None  # per epoch; they split steps, or whole sequences if recurrent
     update_epochs: int | None = None  # passes over each rollout
     clip_coef: float = 0.2  # epsilon of Eq. 9 and 10: the importance ratio's clip
@@ -225,10 +224,10 @@ class Learner(nn.Module):
 
 
 class Guider(nn.Module):
-    """Autoregressive joint policy mu(a|s) = prod_j mu(a^j | s, a^1..a^{j-1}), and the critic, a value per agent.
+    """Autoregressive joint policy mu(a|s) = prod_j mu(a^j | s, a^1..a^{j-1}); and the critic.
 
-    logits of mu = logits of `own`, a policy like the learners', + a correction by attention. The encoder attends
-    to all agents' observations, the causal decoder to the actions chosen so far.
+    mu's logits = the logits of `own`, a policy like the learners', + a correction by attention. The encoder
+    attends to all agents' observations, the causal decoder to the actions chosen so far.
     Optional inputs, the same everywhere:
         action_mask: (..., N, A) bool, the allowed actions.
         state: (..., S), global state that no learner sees.
@@ -297,8 +296,8 @@ class ValueNorm(nn.Module):
     def __init__(self, decay=0.99):
         super().__init__()
         self.decay = decay
-        # Averages of x^0 (to correct the start at 0, as in Adam), x^1 and x^2. In float32 the deviation of returns
-        # such as 20,000 +- 1 would be lost
+        # Averages of x^0 (corrects the start at 0, as in Adam), x^1 and x^2. float32 would lose the deviation
+        # of returns such as 20,000 +- 1
         self.register_buffer("moments", torch.zeros(3, dtype=torch.float64))
 
     def update(self, returns):
@@ -343,9 +342,9 @@ def guider_loss(log_mu, log_pi, log_mu_old, advantages, kl, clip_coef, delta):
         rho  = clip( clip(mu/pi, 1/delta, delta) * pi/mu_old,  1 - eps, 1 + eps )        the double clip
         L_mu = -min(r A, rho A) + m KL(mu || pi),        m = 1 where mu/pi is outside [1/delta, delta]
 
-    The inner clip takes away the push that would carry mu further from pi than delta, unless pi is so far from
-    mu_old that the outer clip wins. The masked KL pulls mu back where it is further already. Together they
-    stand for step 4. pi is a constant here.
+    The inner clip takes away the push that would carry mu further from pi than delta, unless pi is so far
+    from mu_old that the outer clip wins. The masked KL pulls mu back where it is further already. Together
+    they stand for step 4. pi is a constant here.
 
     Args, all (1 or T, batch, N) but the last two:
         log_mu, log_pi, log_mu_old: log-probabilities of the action taken.
@@ -370,8 +369,8 @@ def learner_loss(log_pi, log_mu_old, advantages, kl, clip_coef, lam):
         r_pi = pi / mu_old
         L_pi = KL(mu || pi) - lambda min(r_pi A, clip(r_pi, 1 - eps, 1 + eps) A)
 
-    The data is nearly on-policy for pi, because mu is held close to it. Arguments as in guider_loss, but of the
-    KL only pi may have a gradient. Theorem 4.1 needs KL(pi || mu); the paper's practice has this one.
+    The data is nearly on-policy for pi, because mu is held close to it. Arguments as in guider_loss, but of
+    the KL only pi may have a gradient. Theorem 4.1 needs KL(pi || mu); the paper's practice has this one.
     """
     r_pi = (log_pi - log_mu_old).exp()
     clipped = r_pi.clamp(1 - clip_coef, 1 + clip_coef)
@@ -410,10 +409,10 @@ def estimate_advantages(buffer, guider, value_norm, args):
     goes_on = buffer["final_hidden"], torch.zeros_like(buffer["starts"])  # final_obs is no episode's start
     _, next_values = guider.encode(buffer["final_obs"], buffer.get("final_state"), goes_on)
     next_values = next_values * std + mean
-    rewards, terminations, truncations = buffer["rewards"], buffer["terminations"], buffer["truncations"]
     advantages, returns = compute_gae(
-        rewards, values, next_values, terminations, truncations, args.gamma, args.gae_lambda
-    )
+        buffer["rewards"], values, next_values, buffer["terminations"], buffer["truncations"],
+        args.gamma, args.gae_lambda,
+    )  # fmt: skip
     all_advantages, all_returns = gather(advantages), gather(returns)
     # advantages = returns - values are the critic's errors
     explained_variance = 1 - all_advantages.var(correction=0) / all_returns.var(correction=0).clamp(min=1e-30)
@@ -422,15 +421,14 @@ def estimate_advantages(buffer, guider, value_norm, args):
     mean, std = value_norm.stats()
     center, spread = all_advantages.mean(), all_advantages.std(correction=0)
     advantages = (advantages - center) / (spread + 1e-8 * std)  # 0 where all are equal, in any unit
-    return advantages.float(), ((returns - mean) / std).float(), explained_variance.item()
+    return advantages, (returns - mean) / std, explained_variance.item()
 
 
 def train(args, stop=()):
     """Train a team -> Path of the run's folder (checkpoint.pt, metrics.csv, args.json, TensorBoard events).
 
     stop: a list, filled by Ctrl-C. Once something is in it, training ends after the iteration.
-    Raises ValueError (options that cannot work), FloatingPointError (a number is not finite), EnvFailure (the
-    environment raised, or broke its contract) and OSError (a file cannot be written).
+    Raises ValueError (options), FloatingPointError (numbers), EnvFailure (environment) and OSError (files).
     """
     run = Run(args)  # its folder, checkpoints, processes, device and seed: see run.py
     args, device = run.args, run.device
@@ -442,9 +440,8 @@ def train(args, stop=()):
     if args.backtracking == "reset":
         backtrack(guider, learner)  # the first rollout, too, is pi's
     parts = dict(guider=guider, learner=learner, optimizer=optimizer, value_norm=value_norm)
-    start = run.restore(envs, new_memory(args, envs), **parts)  # of a resumed run, where it stood
-    obs, infos = envs.reset(seed=run.seed, options=start["envs"])
-    memory = start["memory"]
+    episodes, memory = run.restore(envs, new_memory(args, envs), **parts)  # where a resumed run stood
+    obs, infos = envs.reset(seed=run.seed, options=episodes)
 
     for iteration in run.iterations(envs, stop):
         remaining = 1 - (iteration - 1) / run.num_iterations if args.anneal_lr else 1.0
@@ -529,10 +526,8 @@ def train(args, stop=()):
         # Step 4, guider backtracking: mu := pi. If soft, nothing is left to do: Eq. 9's bound stands for it
         if args.backtracking == "reset":
             backtrack(guider, learner)
-            memory = (
-                memory[0][:, :, [0, 0, 2]],
-                memory[1],
-            )  # the guider's own policy remembers as the learners do
+            hidden, starts = memory
+            memory = hidden[:, :, [0, 0, 2]], starts  # the guider's own policy remembers what the learners do
 
         row = dict(guider_return=gather(buffer["episode_return"]).nanmean().item(), learner_return=math.nan)
         row |= run.mean(iteration, metrics) | dict(explained_variance=explained_variance)
@@ -548,8 +543,7 @@ def train(args, stop=()):
     envs.close()
     if run.leads and not stop:
         print_table(args, guider, learner, stop)
-    run.close()
-    return run.path
+    return run.close()
 
 
 @torch.no_grad()

@@ -23,9 +23,9 @@ from envs import ELSEWHERE, ENVS, EnvFailure, make
 WORLD = int(os.environ.get("WORLD_SIZE", 1))  # torchrun's number of processes
 
 DEFAULTS = dict(
-    total_timesteps=1_000_000, num_envs=128, num_steps=25, learning_rate=3e-3, gamma=0.95, num_minibatches=16,
-    update_epochs=3, ent_coef=0.01, max_grad_norm=1.0, delta=2.0, lam=1.0, hidden_dim=128, eval_every=10,
-    eval_episodes=1024,
+    total_timesteps=1_000_000, num_envs=128, num_steps=25, learning_rate=3e-3, gamma=0.95, gae_lambda=0.9,
+    num_minibatches=16, update_epochs=3, ent_coef=0.01, max_grad_norm=1.0, delta=2.0, lam=1.0, hidden_dim=128,
+    eval_every=10, eval_episodes=1024,
 )  # fmt: skip
 PRESETS = {  # by the environment's family, the first word of its name
     "mpe": dict(total_timesteps=2_048_000, num_envs=256, update_epochs=2, learning_rate=4.5e-3, delta=1.3,

@@ -286,7 +286,7 @@ class Run:
         """Give the parts of a resumed run what was saved, and open the folder -> where to start.
 
         parts: guider, learner, optimizer, value_norm. They will be saved.
-        -> dict of memory, and envs for envs.reset(options=...): as given, and None, if episodes start anew.
+        -> what envs.reset(options=...) takes, and the memory: None, and as given, if episodes start anew.
         """
         self.parts = parts
         self.episode_return = torch.zeros(self.num_envs, device=self.device)  # so far, in each copy
@@ -299,7 +299,7 @@ class Run:
         if self.leads:
             self.open_folder()
             runs[:] = [self]
-        return start
+        return start["envs"], start["memory"]
 
     def load(self, envs, memory):
         """Load the checkpoint -> what self.here() was then; {} if that does not help here."""
@@ -473,11 +473,11 @@ class Run:
         return f"{text}; the checkpoint is of iteration {self.saved}. To go on: {command.strip()}"
 
     def close(self):
-        """Close the files, and say where they are."""
-        if not self.leads:
-            return
-        for file in (self.writer, self.file, self.lock):
-            file.close()
-        print(f"Everything is in {self.path}")
-        if self.iteration < self.num_iterations:
-            print(f"Stopped: {self.what_is_saved()}")
+        """Close the files, and say where they are -> the folder."""
+        if self.leads:
+            for file in (self.writer, self.file, self.lock):
+                file.close()
+            print(f"Everything is in {self.path}")
+            if self.iteration < self.num_iterations:
+                print(f"Stopped: {self.what_is_saved()}")
+        return self.path
