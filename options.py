@@ -27,6 +27,8 @@ DEFAULTS = dict(
     num_minibatches=16, update_epochs=3, ent_coef=0.01, max_grad_norm=1.0, delta=2.0, lam=1.0, hidden_dim=128,
     eval_every=10, eval_episodes=1024,
 )  # fmt: skip
+SUITE = dict(learning_rate=1e-3, gamma=0.99, num_minibatches=8, update_epochs=4, delta=1.5, lam=2.0,
+             eval_episodes=256)  # fmt: skip
 PRESETS = {  # by the environment's family, the first word of its name
     "mpe": dict(total_timesteps=2_048_000, num_envs=256, update_epochs=2, learning_rate=4.5e-3, delta=1.3,
                 lam=3.0),
@@ -36,6 +38,10 @@ PRESETS = {  # by the environment's family, the first word of its name
     "pettingzoo": dict(num_envs=32, num_minibatches=4, learning_rate=1e-3, eval_every=25, eval_episodes=256),
     "gym": dict(num_envs=32, num_steps=50, num_minibatches=8, learning_rate=1e-3, ent_coef=0.05, gamma=0.99,
                 eval_episodes=256, delta=1.3, lam=3.0),
+    "lbf": SUITE | dict(total_timesteps=200_000, num_envs=64, num_steps=50, ent_coef=0.05),
+    "smax": SUITE | dict(total_timesteps=400_000, num_envs=64, num_steps=64),
+    "connector": SUITE | dict(total_timesteps=400_000),
+    "rware": SUITE | dict(total_timesteps=2_500_000, num_steps=128, num_minibatches=16, gae_lambda=0.95),
 }  # fmt: skip
 
 # A checkpoint has no say in what is imported or written, nor in what the machine does
