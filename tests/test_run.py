@@ -534,9 +534,9 @@ MALFORMED = {
         ("args/hidden_dim", 127), ("args/embed_dim", 33), ("args/recurrent", True), ("args/env", "mpe_spread_5ag"),
         ("args/state", True), ("learner", {}), ("learner/" + HEAD, DELETE), ("learner/" + HEAD, 3), ("learner/more", 3),
         ("learner/" + HEAD, lambda x: x[:, :-1]), ("learner/" + HEAD, lambda x: x.double()),
-        ("learner/" + HEAD, lambda x: x * math.nan), ("guider/start", lambda x: x + math.inf),
-        ("learner/" + HEAD, lambda x: torch.zeros(1, 1).expand(x.shape)), ("guider/start", lambda x: x.to("meta")),
-        ("guider/start", lambda x: x.to_sparse()),
+        ("learner/" + HEAD, lambda x: x * math.nan), ("guider/no_action", lambda x: x + math.inf),
+        ("learner/" + HEAD, lambda x: torch.zeros(1, 1).expand(x.shape)), ("guider/no_action", lambda x: x.to("meta")),
+        ("guider/no_action", lambda x: x.to_sparse()),
     ],
 }  # fmt: skip
 ONLY_TO_RESUME = {
