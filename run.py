@@ -148,13 +148,12 @@ class Checkpoint:
             texts = [*self.args, *self.args.values()]
             if not all(type(x) in (str, int, float, bool) and str(x).isprintable() for x in texts):
                 raise ValueError("its args are not plain numbers and text")
-        except (
-            Exception
-        ) as error:  # torch.load raises many kinds for missing, cut, foreign and malicious files
-            reason = error if type(error) is ValueError else f"{type(error).__name__}: {error}"
-            if isinstance(error, pickle.UnpicklingError):
-                reason = "it holds something else than numbers and text"
-            raise ValueError(f"{self.path} cannot be read as a checkpoint of magpo.py: {reason}") from None
+        except pickle.UnpicklingError:
+            raise ValueError(
+                f"{self.path} cannot be read as a checkpoint: more than numbers and text"
+            ) from None
+        except Exception as error:  # torch.load raises many kinds for missing, cut and foreign files
+            raise ValueError(f"{self.path} cannot be read as a checkpoint: {reason(error)}") from None
 
     def options(self, kind, **changes):
         """The run's options with changes, as a `kind`: magpo.Args. ValueError if they cannot be.
@@ -194,9 +193,12 @@ class Checkpoint:
         try:
             yield
         except Exception as error:
-            raise ValueError(
-                f"{self.path} does not fit this environment and these options: {error}"
-            ) from None
+            raise ValueError(f"{self.path} does not fit this run's options: {reason(error)}") from None
+
+
+def reason(error):
+    """An exception's words, and its type if it is not from here."""
+    return error if type(error) is ValueError else f"{type(error).__name__}: {error}"
 
 
 def imports(env):

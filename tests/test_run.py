@@ -1,4 +1,4 @@
-"""run.py and options.py: the command line, options, run folders, checkpoints, resume, stops, failures, processes."""
+"""run.py and options.py: command line, folders, checkpoints, resume, stops, failures, processes."""
 
 import csv
 import io
@@ -54,7 +54,7 @@ class parallel_env(ParallelEnv):
         return spaces.Discrete(2)
 
     def look(self):
-        return {agent: np.full(2, self.time, np.float32) for agent in self.agents}, {a: {} for a in self.agents}
+        return {a: np.full(2, self.time, np.float32) for a in self.agents}, {a: {} for a in self.agents}
 
     def reset(self, seed=None, options=None):
         self.agents, self.time = ["a", "b"], 0
@@ -149,35 +149,21 @@ def contents(folder):
 
 # --- Options ------------------------------------------------------------------------------------------------
 
-REFUSED = {  # in Python and, where it can be written there, on the command line
+REFUSED = {  # in Python
     "must be of type bool": [dict(cuda="False"), dict(state=1), dict(anneal_lr=None)],
-    "must be of type int": [
-        dict(num_envs=8.7),
-        dict(seed=None),
-        dict(num_steps=True),
-        dict(seed=np.int64(3)),
-    ],
+    "must be of type int": [dict(num_envs=8.7), dict(seed=None), dict(num_steps=True), dict(seed=np.int8(3))],
     "must be of type float": [dict(lam="1"), dict(gamma=torch.tensor(0.9)), dict(clip_coef=None)],
     "must be of type str": [dict(env=None), dict(env=7), dict(runs_dir=Path("x")), dict(env_kwargs={"N": 5})],
     "must be one of magpo, mappo, ctds": [dict(algo="mapo"), dict(algo=["magpo"]), dict(algo=None)],
     "must be one of soft, reset": [dict(backtracking="Reset")],
-    "below 1e18, but is": [
-        dict(lam=math.nan),
-        dict(ent_coef=math.inf),
-        dict(delta=math.nan),
-        dict(num_envs=10**400),
+    "and below 1e18, but is": [
+        dict(lam=math.nan), dict(ent_coef=math.inf), dict(delta=math.nan), dict(num_envs=10**400),
+        dict(embed_dim=0), dict(learning_rate=0.0), dict(delta=-math.inf), dict(lam=-1.0), dict(seed=-1),
     ],
-    "must be a number above 0 and": [
-        dict(embed_dim=0),
-        dict(learning_rate=0.0),
-        dict(delta=-math.inf),
-        dict(save_every=0),
-    ],
-    "must be a number at least 0 and": [dict(lam=-1.0), dict(seed=-1), dict(num_workers=-2)],
     "seed must be below": [dict(seed=2**32)],
     "torch_threads is 100000": [dict(torch_threads=100000)],
     "goes by the run's own options: leave out": [dict(resume="R", seed=5), dict(eval="R", algo="mappo")],
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -401,9 +387,9 @@ def test_eval_prints_the_table_of_the_run(trained, main):
 @pytest.mark.parametrize(
     "line, sentence",
     [
-        ("--env mpe_spread_5ag", "does not fit this environment"),
-        ("--env mpe_spread_continuous", "does not fit this environment"),
-        ("--env coordsum_3x10", "does not fit this environment"),
+        ("--env mpe_spread_5ag", "does not fit this run's options"),
+        ("--env mpe_spread_continuous", "does not fit this run's options"),
+        ("--env coordsum_3x10", "does not fit this run's options"),
         ("""--env-kwargs '{"num_targets":30}'""", "num_targets"),
         ("--num-envs 0", "num_envs must be a number above 0"),
         ("--eval-episodes -3", "eval_episodes must be a number above 0"),
@@ -434,8 +420,8 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_last_bit(changes, tmp_pat
     part = train_until(2, tmp_path, monkeypatch, **changes)
     printed = capsys.readouterr().out
     assert (
-        f"2 of 5 iterations are done; the checkpoint is of iteration 2. To go on: python magpo.py --resume {part}\n"
-        in printed
+        f"2 of 5 iterations are done; the checkpoint is of iteration 2. To go on: "
+        f"python magpo.py --resume {part}\n" in printed
     )
     assert len(rows(part)) == 2
     run.seed_everything(99)  # what else draws random numbers meanwhile does not matter
@@ -507,47 +493,47 @@ def spoil(path, value):
 
 
 DELETE, HEAD = object(), "policy_head.weight"
-GARBAGE = [
-    b"",
-    b"Dear checkpoint,\nhow are you?\n",
-    pickle.dumps({"version": 2}),
-    None,
-    [1],
-    {"weights": torch.zeros(3)},
-]
+GARBAGE = [b"", b"Dear checkpoint,\n", pickle.dumps({"version": 2}), None, [1], {"weights": torch.zeros(3)}]
+PARTS = "version args iteration rows here guider learner optimizer value_norm".split()
 MALFORMED = {
     "cannot be read as a checkpoint": [
-        *((key, DELETE) for key in "version args iteration rows here guider learner optimizer value_norm".split()),
-        ("version", 1), ("version", torch.zeros(2)), ("args", None), ("args", [1]), ("iteration", "3"), ("iteration", -1),
-        ("iteration", 99), ("rows", None), ("rows", [1, 2, 3]), ("rows/1", {}), ("rows/1/seconds", DELETE),
-        ("rows/1/kl", "x"), ("rows/1/kl", 10**400), ("rows/1/kl", torch.zeros(1)), ("rows/0/kl", 10**19), ("guider", 3),
-        ("args/env", None), ("args/env", "x\ny"), ("args/algo", ["magpo"]), ("optimizer", torch.zeros(1)), ("here", 0),
+        *((key, DELETE) for key in PARTS),
+        ("version", 1), ("version", torch.zeros(2)), ("args", None), ("args", [1]), ("iteration", "3"),
+        ("iteration", -1), ("iteration", 99), ("rows", None), ("rows", [1, 2, 3]), ("rows/1", {}),
+        ("rows/1/seconds", DELETE), ("rows/1/kl", "x"), ("rows/1/kl", 10**400),
+        ("rows/1/kl", torch.zeros(1)), ("rows/0/kl", 10**19), ("guider", 3), ("args/env", None),
+        ("args/env", "x\ny"), ("args/algo", ["magpo"]), ("optimizer", torch.zeros(1)), ("here", 0),
     ],
     "is of another magpo.py": [("args/seed", DELETE), ("args/speed", 3)],
     "/checkpoint.pt: ": [
-        ("args/num_envs", "8"), ("args/num_envs", 8.0), ("args/num_envs", 0), ("args/gamma", "x"), ("args/lam", math.nan),
-        ("args/algo", "x"), ("args/recurrent", 1), ("args/hidden_dim", -1), ("args/env", 3), ("args/env_kwargs", 3),
+        ("args/num_envs", "8"), ("args/num_envs", 8.0), ("args/num_envs", 0), ("args/gamma", "x"),
+        ("args/lam", math.nan), ("args/algo", "x"), ("args/recurrent", 1), ("args/hidden_dim", -1),
+        ("args/env", 3), ("args/env_kwargs", 3),
     ],
     "no environment": [("args/env", "clumsy"), ("args/env", "")],
     "env_kwargs": [("args/env_kwargs", "x"), ("args/env_kwargs", '{"device": "x"}')],
     "does not fit": [
-        ("args/hidden_dim", 127), ("args/embed_dim", 33), ("args/recurrent", True), ("args/env", "mpe_spread_5ag"),
-        ("args/state", True), ("learner", {}), ("learner/" + HEAD, DELETE), ("learner/" + HEAD, 3), ("learner/more", 3),
-        ("learner/" + HEAD, lambda x: x[:, :-1]), ("learner/" + HEAD, lambda x: x.double()),
-        ("learner/" + HEAD, lambda x: x * math.nan), ("guider/no_action", lambda x: x + math.inf),
-        ("learner/" + HEAD, lambda x: torch.zeros(1, 1).expand(x.shape)), ("guider/no_action", lambda x: x.to("meta")),
-        ("guider/no_action", lambda x: x.to_sparse()),
+        ("args/hidden_dim", 127), ("args/embed_dim", 33), ("args/recurrent", True),
+        ("args/env", "mpe_spread_5ag"), ("args/state", True), ("learner", {}), ("learner/" + HEAD, DELETE),
+        ("learner/" + HEAD, 3), ("learner/more", 3), ("learner/" + HEAD, lambda x: x[:, :-1]),
+        ("learner/" + HEAD, lambda x: x.double()), ("learner/" + HEAD, lambda x: x * math.nan),
+        ("guider/no_action", lambda x: x + math.inf),
+        ("learner/" + HEAD, lambda x: torch.zeros(1, 1).expand(x.shape)),
+        ("guider/no_action", lambda x: x.to("meta")), ("guider/no_action", lambda x: x.to_sparse()),
     ],
 }  # fmt: skip
 ONLY_TO_RESUME = {
     "does not fit": [
-        ("value_norm/moments", torch.zeros(4)), ("value_norm/moments", lambda x: x * math.nan), ("value_norm", {}),
-        ("optimizer/state", DELETE), ("optimizer/state", {}), ("optimizer/state/3", DELETE), ("optimizer/state/3", {}),
-        ("optimizer/state", {9999: {}}), ("optimizer/state/3/exp_avg", torch.zeros(7)), ("optimizer/state/3/step", "x"),
-        ("optimizer/state/3/exp_avg_sq", lambda x: x * math.inf), ("here/generator", torch.zeros(3, dtype=torch.uint8)),
-        ("here/generator", lambda x: torch.zeros_like(x) + 255), ("here/generator", None), ("here/memory", None),
-        ("here/memory", lambda x: x[:1]), ("here/episode_return", torch.zeros(9)), ("here/envs", {}), ("here/envs", 5),
-        ("here/envs/position", torch.zeros(8, 4, 2)), ("here/envs/time", "x"), ("here/envs/generator", DELETE),
+        ("value_norm/moments", torch.zeros(4)), ("value_norm/moments", lambda x: x * math.nan),
+        ("value_norm", {}), ("optimizer/state", DELETE), ("optimizer/state", {}),
+        ("optimizer/state/3", DELETE), ("optimizer/state/3", {}), ("optimizer/state", {9999: {}}),
+        ("optimizer/state/3/exp_avg", torch.zeros(7)), ("optimizer/state/3/step", "x"),
+        ("optimizer/state/3/exp_avg_sq", lambda x: x * math.inf),
+        ("here/generator", torch.zeros(3, dtype=torch.uint8)),
+        ("here/generator", lambda x: torch.zeros_like(x) + 255), ("here/generator", None),
+        ("here/memory", None), ("here/memory", lambda x: x[:1]), ("here/episode_return", torch.zeros(9)),
+        ("here/envs", {}), ("here/envs", 5), ("here/envs/position", torch.zeros(8, 4, 2)),
+        ("here/envs/time", "x"), ("here/envs/generator", DELETE),
         ("here/envs/velocity", lambda x: x * math.nan), ("here/more", 3), ("args/num_envs", 4),
     ],
     "total_timesteps must be": [("args/num_envs", 10**12)],
@@ -729,7 +715,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_it(tmp_path, monkeypatch, main
     monkeypatch.setattr(os, "fsync", full)
     code, _, err = main(*words(env="matrix_xor", runs_dir=tmp_path, save_every=1, **QUICK))
     assert code == 1 and re.search(
-        r"magpo.py: .*No space left .*3 of 3 iterations are done; the checkpoint is of iteration 2. To go on: .*\n$",
+        r"magpo.py: .*No space left .*3 of 3 iterations are done; the checkpoint is of iteration 2.*\n$",
         err,
     )
     assert run.Checkpoint(next(tmp_path.glob("*"))).iteration == 2
@@ -750,7 +736,9 @@ def test_what_nobody_foresaw_keeps_its_traceback(bug, tmp_path, monkeypatch, mai
 
 # --- Signals, kills and locks -------------------------------------------------------------------------------
 
-LONG = "--env coordsum_3x10 --num-envs 8 --num-steps 10 --num-minibatches 4 --eval-episodes 8 --total-timesteps 1e8 --save-every 1"
+LONG = (
+    "--env coordsum_3x10 --num-envs 8 --num-steps 10 --num-minibatches 4 --total-timesteps 1e8 --save-every 1"
+)
 
 
 def wait_for(pattern, folder, seconds=60):
@@ -837,17 +825,19 @@ def test_k_a_checkpoint_that_changed_since_it_was_read(trained, monkeypatch):
 TORCHRUN = """
 import atexit, glob, os, signal, sys
 def threads_left():
-    print("threads:", [open(name).read().strip() for name in glob.glob("/proc/self/task/*/comm")], file=sys.stderr)
+    names = [open(name).read().strip() for name in glob.glob("/proc/self/task/*/comm")]
+    print("threads:", names, file=sys.stderr)
 atexit.register(threads_left)  # first in, last out
 import torch, magpo, run
 from options import WORLD
 folder, mode, saved, stop = sys.argv[1], sys.argv[2], {}, []
 build, RANK = magpo.build, run.RANK
 magpo.build = lambda *x: saved.setdefault("nets", build(*x))
-options = dict(env="mpe_spread", num_envs=8, num_steps=5, num_minibatches=4, total_timesteps=120, eval_episodes=8, runs_dir=folder)
+options = dict(env="mpe_spread", num_envs=8, num_steps=5, num_minibatches=4, total_timesteps=120)
+options |= dict(eval_episodes=8, runs_dir=folder)
 if mode == "stop" and RANK == 1:
     mean = run.Run.mean
-    run.Run.mean = lambda self, iteration, *x: stop.extend([2] * (iteration == 2)) or mean(self, iteration, *x)
+    run.Run.mean = lambda self, at, *x: stop.extend([2] * (at == 2)) or mean(self, at, *x)
 if mode == "first_step":  # the same data in one process as in two: copies, actions and their order fixed
     options |= dict(num_minibatches=1, update_epochs=1, total_timesteps=40, max_grad_norm=1e9)
     make = magpo.make_envs
@@ -870,17 +860,18 @@ if mode == "first_step":  # the same data in one process as in two: copies, acti
     magpo.sample = lambda policy: policy.logits.argmax(-1)
 magpo.train(magpo.Args(**options), stop)
 parameters = [x for net in saved["nets"] for x in net.parameters()]
-torch.save([[x.data for x in parameters], [x.grad for x in parameters], torch.rand(3), stop], f"{folder}/{WORLD}{RANK}.pt")
+result = [[x.data for x in parameters], [x.grad for x in parameters], torch.rand(3), stop]
+torch.save(result, f"{folder}/{WORLD}{RANK}.pt")
 """
 
 
 def torchrun(processes, mode, folder):
     (folder / "script.py").write_text(TORCHRUN)
-    line = f"-m torch.distributed.run --standalone --nproc-per-node {processes} {folder / 'script.py'} {folder} {mode}"
+    line = f"-m torch.distributed.run --standalone --nproc-per-node {processes} script.py {folder} {mode}"
     process = shell(line, folder)
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
-    # A thread of gloo's that outlives the process group aborts its process now and then, when the interpreter ends
+    # A thread of gloo's that outlives the process group may abort its process when the interpreter ends
     assert err.count("threads:") == processes and not re.search("threads:.*gloo", err)
     return out, [torch.load(folder / f"{processes}{rank}.pt") for rank in range(processes)]
 
@@ -910,7 +901,7 @@ def test_a_stop_on_any_rank_stops_all_after_the_same_iteration(tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_take_the_step_of_one(tmp_path):
-    """Actions that do not move (all copies and their order fixed): two halves' gradients average to the whole's."""
+    """With copies, actions and their order fixed, two halves' gradients average to the whole's."""
     ((_, one, *_),) = torchrun(1, "first_step", tmp_path)[1]
     for _, gradients, *_ in torchrun(2, "first_step", tmp_path)[1]:
         assert sum(x.abs().sum() for x in one) > 0.1
@@ -919,7 +910,7 @@ def test_two_processes_take_the_step_of_one(tmp_path):
 
 
 def test_b_ranks_have_random_numbers_of_their_own(monkeypatch, tmp_path):
-    """PyTorch's generator heeds 32 bits of a seed only, so that ranks are told apart by their first numbers."""
+    """PyTorch's generator heeds 32 bits of a seed only: ranks are told apart by their first numbers."""
     drawn = set()
     for rank in range(3):
         monkeypatch.setattr(run, "RANK", rank)
