@@ -522,10 +522,14 @@ def test_evaluation_by_hand(policy, monkeypatch):
 def test_learners_sample_unless_greedy():
     args = magpo.Args(env="matrix_sum10", num_envs=64)
     guider, learner = magpo.build(args, magpo.make_envs(args, 1))
-    play = lambda policy, seed: magpo.evaluate(args, guider, learner, policy, 512, seed)  # noqa: E731
+
+    def play(policy, seed, episodes=512):
+        return magpo.evaluate(args, guider, learner, policy, episodes, seed)
+
     assert play("learner_greedy", 1).std() == 0 and play("learner", 1).std() > 0
     assert torch.equal(play("learner", 1), play("learner", 1))
     assert not torch.equal(play("learner", 1), play("learner", 2))
+    assert [len(play("learner", 1, episodes)) for episodes in (3, 64, 65)] == [3, 64, 128]
     with pytest.raises(ValueError, match="guider, learner or learner_greedy, but is 'lerner'"):
         play("lerner", 1)
 
