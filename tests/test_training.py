@@ -90,8 +90,11 @@ def test_the_gaussian_is_as_named():
     for value, mean, std in zip(x[0], pi.base_dist.loc[0], pi.base_dist.scale[0], strict=True):
         log_prob += -0.5 * ((value - mean) / std) ** 2 - std.log() - 0.5 * math.log(2 * math.pi)
     assert_close(pi.log_prob(x)[0], log_prob)
-    wild = torch.tensor([[1e3, -1e3, 1e3, -1e3]])  # never needle sharp or flat
-    assert (magpo.distribution(wild, True).base_dist.scale.log().abs() < 4.1).all()
+    wild = torch.tensor([[10.0, -10.0, 10.0, -10.0]], requires_grad=True)
+    far = magpo.distribution(wild, True)
+    assert (far.base_dist.scale.log().abs() < 4.1).all()  # never needle sharp or flat
+    (gradient,) = torch.autograd.grad(far.log_prob(torch.full((1, 2), 0.5)).sum(), wild)
+    assert (gradient.abs() > 1e-4).all()  # and no dead zone, from which nothing leads back
     torch.manual_seed(0)
     seen = magpo.sample(magpo.distribution(torch.tensor([0.1, -0.2, 0.3, 0.4]).expand(100_000, -1), True))
     torch.testing.assert_close(seen.mean(0).double(), pi.base_dist.loc[0], atol=0.02, rtol=0)
@@ -484,7 +487,7 @@ def untrained(monkeypatch, **options):
     args = magpo.Args(num_envs=4, state=True, embed_dim=16, hidden_dim=16, **options)
     torch.manual_seed(0)
     guider, learner = magpo.build(args, Chaos)
-    for head in (guider.own.policy_head, learner.policy_head):
+    for head in (guider.own.policy_head, guider.correction_head, learner.policy_head):
         torch.nn.init.normal_(head.weight, std=300)
     return args, guider, learner
 
