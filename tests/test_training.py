@@ -90,8 +90,11 @@ def test_the_gaussian_is_as_named():
     for value, mean, std in zip(x[0], pi.base_dist.loc[0], pi.base_dist.scale[0], strict=True):
         log_prob += -0.5 * ((value - mean) / std) ** 2 - std.log() - 0.5 * math.log(2 * math.pi)
     assert_close(pi.log_prob(x)[0], log_prob)
-    wild = torch.tensor([[1e3, -1e3, 1e3, -1e3]])  # never needle sharp or flat
-    assert (magpo.distribution(wild, True).base_dist.scale.log().abs() < 4.1).all()
+    wild = torch.tensor([[10.0, -10.0, 10.0, -10.0]], requires_grad=True)
+    far = magpo.distribution(wild, True)
+    assert (far.base_dist.scale.log().abs() < 4.1).all()  # never needle sharp or flat
+    (gradient,) = torch.autograd.grad(far.log_prob(torch.full((1, 2), 0.5)).sum(), wild)
+    assert (gradient.abs() > 1e-4).all()  # and no dead zone, from which nothing leads back
     torch.manual_seed(0)
     seen = magpo.sample(magpo.distribution(torch.tensor([0.1, -0.2, 0.3, 0.4]).expand(100_000, -1), True))
     torch.testing.assert_close(seen.mean(0).double(), pi.base_dist.loc[0], atol=0.02, rtol=0)
@@ -484,7 +487,7 @@ def untrained(monkeypatch, **options):
     args = magpo.Args(num_envs=4, state=True, embed_dim=16, hidden_dim=16, **options)
     torch.manual_seed(0)
     guider, learner = magpo.build(args, Chaos)
-    for head in (guider.own.policy_head, learner.policy_head):
+    for head in (guider.own.policy_head, guider.correction_head, learner.policy_head):
         torch.nn.init.normal_(head.weight, std=300)
     return args, guider, learner
 
@@ -522,10 +525,14 @@ def test_evaluation_by_hand(policy, monkeypatch):
 def test_learners_sample_unless_greedy():
     args = magpo.Args(env="matrix_sum10", num_envs=64)
     guider, learner = magpo.build(args, magpo.make_envs(args, 1))
-    play = lambda policy, seed: magpo.evaluate(args, guider, learner, policy, 512, seed)  # noqa: E731
+
+    def play(policy, seed, episodes=512):
+        return magpo.evaluate(args, guider, learner, policy, episodes, seed)
+
     assert play("learner_greedy", 1).std() == 0 and play("learner", 1).std() > 0
     assert torch.equal(play("learner", 1), play("learner", 1))
     assert not torch.equal(play("learner", 1), play("learner", 2))
+    assert [len(play("learner", 1, episodes)) for episodes in (3, 64, 65)] == [3, 64, 128]
     with pytest.raises(ValueError, match="guider, learner or learner_greedy, but is 'lerner'"):
         play("lerner", 1)
 
