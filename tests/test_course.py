@@ -203,7 +203,7 @@ def test_symptoms_are_shown_clean_and_bugged(tmp_path, monkeypatch):
     monkeypatch.setattr(
         symptoms, "RUNS", [("5", options, "largest clip_frac", symptoms.largest("clip_frac"))]
     )
-    symptoms.main()
+    symptoms.main([])
     with open(tmp_path / "symptoms.csv") as file:
         clean, bugged = csv.DictReader(file)
     assert (clean["tree"], float(clean["highest"])) == ("clean", 0) and float(bugged["lowest"]) > 0
