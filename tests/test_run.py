@@ -406,14 +406,20 @@ def test_eval_refuses_what_does_not_fit(line, sentence, trained, main):
 
 RESUMED = [
     dict(env="mpe_spread", algo="mappo"),
-    dict(env="mpe_spread_partial", recurrent=True, state=True),
     dict(env="mpe_spread_continuous"),
-    dict(env="coordsum_3x10", recurrent=True, num_steps=7, total_timesteps=8 * 7 * 5, eval_every=5),
     dict(env="matrix_sum10", backtracking="reset"),
+]
+WITH_MEMORY = [
+    dict(env="mpe_spread_partial", recurrent=True, state=True),
+    dict(env="coordsum_3x10", recurrent=True, num_steps=7, total_timesteps=8 * 7 * 5, eval_every=5),
 ]
 
 
-@pytest.mark.parametrize("changes", RESUMED, ids=lambda changes: changes["env"])
+@pytest.mark.parametrize(
+    "changes",
+    [*RESUMED, *(pytest.param(changes, marks=pytest.mark.slow) for changes in WITH_MEMORY)],
+    ids=lambda changes: changes["env"],
+)
 def test_a_resumed_run_is_the_uninterrupted_one_to_the_last_bit(changes, tmp_path, monkeypatch, capsys):
     changes = dict(total_timesteps=200, save_every=4, seed=3) | changes
     whole = train(tmp_path, **changes)
@@ -568,7 +574,7 @@ def test_j_what_is_no_checkpoint(garbage, option, trained, tmp_path, main):
         assert (tmp_path / "pwned").exists()
 
 
-@pytest.mark.parametrize("option", ["--eval", "--resume"])
+@pytest.mark.parametrize("option", ["--eval", pytest.param("--resume", marks=pytest.mark.slow)])
 def test_j_malformed_checkpoints(option, trained, tmp_path, main):
     data, path = (trained / "checkpoint.pt").read_bytes(), tmp_path / "checkpoint.pt"
     kinds = (
