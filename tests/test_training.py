@@ -575,6 +575,7 @@ def test_the_table_shows_what_was_played(monkeypatch, capsys):
     played = len(Chaos.made)
     magpo.print_table(args, *nets, [2])
     assert not any(made.log for made in Chaos.made[played:])  # nobody plays on after Ctrl-C
+    assert "episodes" not in capsys.readouterr().out  # and no line says so
 
 
 @pytest.mark.slow
