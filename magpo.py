@@ -414,8 +414,9 @@ def estimate_advantages(buffer, guider, value_norm, args):
         args.gamma, args.gae_lambda,
     )  # fmt: skip
     all_advantages, all_returns = gather(advantages), gather(returns)
-    # advantages = returns - values are the critic's errors
-    explained_variance = 1 - all_advantages.var(correction=0) / all_returns.var(correction=0).clamp(min=1e-30)
+    # advantages = returns - values are the critic's errors; the rest of the divisor is for constant returns
+    variance = all_returns.var(correction=0) + 1e-8 * all_returns.square().mean() + 1e-30
+    explained_variance = 1 - all_advantages.var(correction=0) / variance
 
     value_norm.update(all_returns)
     mean, std = value_norm.stats()
@@ -526,8 +527,6 @@ def train(args, stop=()):
         # Step 4, guider backtracking: mu := pi. If soft, nothing is left to do: Eq. 9's bound stands for it
         if args.backtracking == "reset":
             backtrack(guider, learner)
-            hidden, starts = memory
-            memory = hidden[:, :, [0, 0, 2]], starts  # the guider's own policy remembers what the learners do
 
         row = dict(guider_return=gather(buffer["episode_return"]).nanmean().item(), learner_return=math.nan)
         row |= run.mean(iteration, metrics) | dict(explained_variance=explained_variance)
