@@ -25,10 +25,6 @@ def largest(name):
     return lambda rows: max(abs(row[name]) for row in rows)
 
 
-def mean(name):
-    return lambda rows: sum(row[name] for row in rows) / len(rows)
-
-
 def late(name):
     """Mean of the last ten rows."""
     return lambda rows: sum(row[name] for row in rows[-10:]) / 10
@@ -68,7 +64,6 @@ RUNS = [  # bug, options, what is read off a run, and how
         "largest clip_frac",
         largest("clip_frac"),
     ),
-    ("5", "--env matrix_sum10", "mean guider_return", mean("guider_return")),
 ]
 
 
