@@ -379,8 +379,12 @@ def learner_loss(log_pi, log_mu_old, advantages, kl, clip_coef, lam):
 
 
 def backtrack(guider, learner):
-    """Step 4 to the letter, mu := pi: the guider's own policy becomes the learners', its correction zero."""
+    """Step 4 to the letter, mu := pi: the guider's own policy becomes the learners', its correction zero.
+
+    Until the next time the correction alone moves mu.
+    """
     guider.own.load_state_dict(learner.state_dict())
+    guider.own.requires_grad_(False)
     nn.init.zeros_(guider.correction_head.weight)
     nn.init.zeros_(guider.correction_head.bias)
 
@@ -395,6 +399,8 @@ def build(args, envs):
     sizes = num_agents, obs_dim, action_dim, continuous
     state_dim = envs.state_dim if args.state else 0
     guider = Guider(*sizes, args.embed_dim, args.hidden_dim, args.recurrent, state_dim)
+    if args.backtracking == "reset":  # the correction is all that moves mu: it must hear the actions well
+        nn.init.normal_(guider.action_token.weight)
     return guider, Learner(*sizes, args.hidden_dim, args.recurrent)
 
 

@@ -310,7 +310,9 @@ class Run:
             {name: part.state_dict() for name, part in self.parts.items()},
         )
         parameters = self.parts["optimizer"].param_groups[0]["params"]
-        trained = saved["optimizer"]["state"] if self.args.algo == "mappo" else range(len(parameters))
+        trained = range(len(parameters))
+        if self.args.algo == "mappo" or self.args.backtracking == "reset":  # they do not train all
+            trained = saved["optimizer"]["state"]
         moments = {
             i: dict(exp_avg=parameters[i], exp_avg_sq=parameters[i], step=torch.tensor(0.0)) for i in trained
         }

@@ -398,6 +398,7 @@ def test_exercise_learning_improvement_on_matrix_games(game, seed, tmp_path):
 
 @pytest.mark.slow
 def test_exercise_learning_reset_finds_sum10(tmp_path):
-    args = magpo.Args(env="matrix_sum10", backtracking="reset", runs_dir=str(tmp_path), eval_episodes=8)
+    options = dict(backtracking="reset", ent_coef=0.01, eval_episodes=8)
+    args = magpo.Args(env="matrix_sum10", runs_dir=str(tmp_path), **options)
     _, _, learner = magpo.load(magpo.train(args))
     assert expected_payoff(envs.make(args.env, 1).payoff.double(), product_policy(learner)) > 0.9

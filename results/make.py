@@ -40,8 +40,11 @@ MPE2 = tuple(
 )
 FORAGING = ("gym:Foraging-8x8-2p-2f-coop-v3", "gym:Foraging-2s-8x8-2p-2f-coop-v3")
 REMEMBER = "pettingzoo:results.remember"
+SUITES = ("lbf:8x8-2p-2f-coop", "connector:con-5x5x3a", "smax:2s3z", "rware:tiny-2ag")  # each one's smallest
 LONG = ("gym:rware-tiny-2ag-v2", "pettingzoo:butterfly.knights_archers_zombies_v11")
-RANDOM = dict.fromkeys((*MPE2, *FORAGING, REMEMBER), 512) | dict.fromkeys(LONG, 32)  # episodes of random play
+RANDOM = dict.fromkeys((*MPE2, *FORAGING, REMEMBER, *SUITES), 512) | dict.fromkeys(
+    LONG, 32
+)  # episodes of random play
 TEXT_COLUMNS = ("command", "env", "algo", "detail")
 
 
@@ -77,6 +80,7 @@ EXPERIMENTS = {
         algo=("magpo", "mappo"),
         total_timesteps=1_024_000,
     ),
+    "suites": grid((1, 2), env=SUITES, algo=("magpo", "mappo")),
 }
 
 
