@@ -227,6 +227,7 @@ def test_watch_draws_what_to_expect(env, runs, tmp_path):
 
 def test_watch_refuses_in_one_sentence(runs, tmp_path, monkeypatch, capsys):
     run = runs("matrix_climbing")
+    capsys.readouterr()  # the run's own words
     for words in ((run, tmp_path / "x.gif"), (run, tmp_path / "no" / "x.png"), (tmp_path, "x.png")):
         with pytest.raises(SystemExit) as end:
             main(monkeypatch, watch, *words)
