@@ -1,7 +1,8 @@
 """What others have published of the paper's tasks: published.csv, a score a row.
 
-Sable, ICML 2025, Table 5: means of 10 seeds after 20 M steps, with the best parameters on the way. MAGPO's are the six
-numbers that public pages show. Scores are in our environments' units; a note tells what stood there instead.
+Sable, ICML 2025, Table 5: means of 10 seeds after 20 M steps, with the best parameters on the way. MAGPO's
+are the six numbers that public pages show. Scores are in our environments' units; a note tells what stood
+there instead.
 """
 
 import csv

@@ -1,27 +1,36 @@
 """Every sweep, table and picture of README.md and RESULTS.md.
 
     python results/make.py sweep NAME [TEXT]   run what is missing of an experiment (of commands with TEXT)
+                   --jobs K --minutes M        K runs at once; no run starts after M minutes
     python results/make.py random              play other people's environments at random -> random.csv
-    python results/make.py tables [NAME]       print the tables of all CSVs, or of one, in Markdown
-    python results/make.py healthy RUN         print where a run's metrics lay, for the table of metrics
+    python results/make.py tables [NAME]       print the tables of all CSVs, or of NAME (paper_* for several)
     python results/make.py draw                redraw every picture from the CSVs
+    python results/make.py record [--add]      print the table of records, or first measure this commit
+    python results/make.py healthy RUN         print where a run's metrics lay, for the table of metrics
 
 Rows go to results/NAME.csv, and a line per run is printed. A sweep may be stopped and started again: runs
 whose rows stand in the CSV are skipped. Returns are the learners' (sampled) and the guider's over fresh
-episodes, with the parameters of the moment. cpu_seconds is CPU time, evaluations included.
+episodes, with the parameters of the moment. cpu_seconds is CPU time of one thread in a process of its own,
+evaluations and the compiling of JAX's environments included.
 """
 
+import argparse
 import contextlib
 import csv
+import fnmatch
 import io
-import itertools
 import math
+import multiprocessing
+import platform
+import re
 import sys
 import tempfile
+import time
+from collections import Counter
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from pathlib import Path
 from unittest import mock
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
@@ -29,74 +38,17 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import envs
 import magpo
+from adapters.published import METHODS, published
 from results import compare
+from results.experiments import ALGOS, EXPERIMENTS, RANDOM, command
 
 HERE = Path(__file__).parent
-ALGOS = ("magpo", "mappo", "ctds")
-DELTAS = (1.05, 1.2, 1.5, 2.0, 4.0, math.inf)
-MATRIX = tuple(f"matrix_{name}" for name in ("climbing", "penalty", "xor", "sum10"))
-MPE2 = tuple(
-    f"pettingzoo:mpe2.simple_{name}" for name in ("spread_v3", "reference_v3", "speaker_listener_v4")
-)
-FORAGING = ("gym:Foraging-8x8-2p-2f-coop-v3", "gym:Foraging-2s-8x8-2p-2f-coop-v3")
-REMEMBER = "pettingzoo:results.remember"
-SUITES = ("lbf:8x8-2p-2f-coop", "connector:con-5x5x3a", "smax:2s3z", "rware:tiny-2ag")  # each one's smallest
-LONG = ("gym:rware-tiny-2ag-v2", "pettingzoo:butterfly.knights_archers_zombies_v11")
-RANDOM = dict.fromkeys((*MPE2, *FORAGING, REMEMBER, *SUITES), 512) | dict.fromkeys(
-    LONG, 32
-)  # episodes of random play
-TEXT_COLUMNS = ("command", "env", "algo", "detail")
-
-
-def grid(seeds, **options):
-    """All combinations of the options' values (a tuple holds several), for every seed -> list of dicts."""
-    values = [value if isinstance(value, tuple) else (value,) for value in options.values()]
-    chosen = itertools.product(*values)
-    return [dict(zip(options, choice, strict=True), seed=seed) for choice in chosen for seed in seeds]
-
-
-THREE, FIVE = (1, 2, 3), (1, 2, 3, 4, 5)  # seeds
-EXPERIMENTS = {
-    "mpe_spread": grid(FIVE, env="mpe_spread", algo=ALGOS),
-    "coordsum": grid(FIVE, env="coordsum_3x10", algo=ALGOS),
-    "sum10": grid(FIVE, env="matrix_sum10", algo=ALGOS),
-    "matrix": grid(FIVE, env=MATRIX, algo=("magpo", "mappo")),
-    "delta_matrix": grid(FIVE, env=("matrix_climbing", "matrix_sum10"), delta=DELTAS),
-    "delta_coordsum": grid(FIVE, env="coordsum_3x10", delta=DELTAS, total_timesteps=240_000),
-    "delta_lambda": grid(THREE, env="matrix_sum10", delta=(*DELTAS[:4], math.inf), lam=(0.0, 0.5, 2.0, 8.0)),
-    "backtracking": grid(THREE, env="coordsum_3x10", backtracking=("soft", "reset"), total_timesteps=240_000)
-    + grid(THREE, env="mpe_spread", backtracking=("soft", "reset"), total_timesteps=832_000),
-    "others": grid(THREE, env=MPE2, total_timesteps=120_000)
-    + grid(THREE, env=FORAGING, algo=("magpo", "mappo"), total_timesteps=480_000),
-    "continuous": grid(
-        THREE, env="mpe_spread_continuous", algo=("magpo", "mappo"), total_timesteps=1_024_000
-    ),
-    "memory": grid(THREE, env=REMEMBER, recurrent=(False, True), total_timesteps=40_000)
-    + grid(THREE, env="mpe_spread_partial", recurrent=(False, True), total_timesteps=1_024_000),
-    "gamma": grid(THREE, env="coordsum_3x10", algo=("magpo", "mappo"), gamma=0.9),
-    "team": grid(
-        THREE,
-        env=("mpe_spread", "mpe_spread_5ag", "mpe_spread_10ag"),
-        algo=("magpo", "mappo"),
-        total_timesteps=1_024_000,
-    ),
-    "suites": grid((1, 2), env=SUITES, algo=("magpo", "mappo")),
-}
+TEXT_COLUMNS = ("command", "env", "algo", "detail", "machine", "date", "commit")
+COLUMNS = ("step", *compare.COLUMNS[1:], "final", "won", "algo", "env", "seed", "delta", "lam", "machine",
+           "command")  # fmt: skip
 
 
 # --- Rows -----------------------------------------------------------------------------------------------
-
-
-def command(options):
-    """The command line that repeats a run."""
-    words = ["python magpo.py"]
-    for name, value in options.items():
-        flag = name.replace("_", "-")
-        if type(value) is bool:
-            words.append(f"--{flag}" if value else f"--no-{flag}")
-        else:
-            words.append(f"--{flag} {value}")
-    return " ".join(words)
 
 
 def read(name):
@@ -120,14 +72,41 @@ def append(name, rows):
         table.writerows(rows)
 
 
+def wanted(name):
+    """Rows of an experiment's CSV that are of its present runs: options may have been tuned since."""
+    commands = {command(options) for options in EXPERIMENTS[name]}
+    return [row for row in read(name) if row["command"] in commands]
+
+
+def machine(cuda=False):
+    """The processor's model, PyTorch's version and the device, in one string."""
+    try:
+        model = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.M)[1]
+    except (OSError, TypeError):
+        model = platform.processor() or platform.machine()
+    device = torch.cuda.get_device_name() if cuda and torch.cuda.is_available() else "cpu"
+    return f"{model}; torch {torch.__version__}; {device}"
+
+
+# --- Runs -----------------------------------------------------------------------------------------------
+
+
 def train(**options):
-    """Train -> Args, the points of its curve (see compare.py), each policy's mean return at the end."""
+    """Train -> Args, the points of its curve (see compare.py), and how it ends, a dict.
+
+    That holds each policy's mean return, and "won": the learners' share of won episodes, or nan.
+    """
     final = {}
 
     def play_all(args, guider, learner, stop=()):
+        copies = magpo.make_envs(args, 1)
+        copies.close()
         for policy in ("learner", "learner_greedy", "guider")[: 2 if args.algo == "mappo" else 3]:
             returns = magpo.evaluate(args, guider, learner, policy, args.eval_episodes, args.seed + 2)
             final[policy] = returns.mean().item()
+            if policy == "learner":
+                won = math.nan if copies.win_return is None else returns > copies.win_return
+                final["won"] = torch.as_tensor(won, dtype=torch.float).mean().item()
 
     args = magpo.Args(**options)
     quiet = contextlib.redirect_stdout(io.StringIO())
@@ -137,23 +116,64 @@ def train(**options):
     return args, points, final
 
 
-def sweep(name, text=""):
-    """Run what is missing of an experiment: a row per evaluation, the last one over args.eval_episodes."""
-    runs, done = EXPERIMENTS[name], {row["command"] for row in read(name)}
-    print(f"{len(done)} runs are in results/{name}.csv; delete it to repeat them.")
-    for number, options in enumerate(runs, 1):
-        if command(options) in done or text not in command(options):
-            continue
+def run(options):
+    """Train -> rows for a CSV: one an evaluation, and a last one over args.eval_episodes."""
+    torch.set_num_threads(1)
+    with contextlib.redirect_stderr(io.StringIO()):  # the bars of several runs would write over each other
         args, points, final = train(**options)
-        same = {key: getattr(args, key) for key in ("algo", "env", "seed", "delta", "lam")}
-        same["command"] = command(options)
-        last = points[-1] | dict(guider_return=final.get("guider", math.nan), learner_return=final["learner"])
-        rows = [{key: f"{x:.6g}" for key, x in point.items()} for point in (*points, last)]
-        append(name, [row | dict(final=int(row is rows[-1])) | same for row in rows])
+    same = {key: getattr(args, key) for key in ("algo", "env", "seed", "delta", "lam")}
+    same |= dict(machine=machine(args.cuda), command=command(options))
+    last = points[-1] | dict(guider_return=final.get("guider", math.nan), learner_return=final["learner"])
+    curve = [point | dict(final=0, won=math.nan) for point in points]
+    rows = [*curve, last | dict(final=1, won=final["won"])]
+    return [{key: f"{x:.6g}" for key, x in row.items()} | same for row in rows]
+
+
+def apart(options):
+    """run() in a process of its own: else what JAX compiles for one run would be free for the next."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(run, options).result()
+
+
+def side_by_side(waiting, jobs=1, minutes=math.inf):
+    """Start runs in their order, `jobs` at once -> (options, future of their rows), as they end.
+
+    After so many minutes no run starts, and those that have started come to their end.
+    """
+    waiting, running, begin = list(waiting), {}, time.monotonic()
+    with ThreadPoolExecutor(jobs) as pool:
+        while True:
+            # No more are handed in than can start: Ctrl-C would not reach those in the pool's own queue
+            while waiting and len(running) < jobs and time.monotonic() - begin < 60 * minutes:
+                options = waiting.pop(0)
+                running[pool.submit(apart, options)] = options
+            if not running:
+                return
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                yield running.pop(future), future
+
+
+def sweep(name, text="", jobs=1, minutes=math.inf):
+    """Run what is missing of an experiment, and append its rows -> the number of runs that failed."""
+    runs, rows, failed = EXPERIMENTS[name], read(name), 0
+    if rows and tuple(rows[0]) != COLUMNS:
+        sys.exit(f"results/{name}.csv has the columns of an earlier version: delete it.")
+    done = {row["command"] for row in rows}
+    print(f"{len(done)} runs are in results/{name}.csv; delete it to repeat them.")
+    left = [options for options in runs if command(options) not in done and text in command(options)]
+    for options, future in side_by_side(left, jobs, minutes):
+        number = f"[{runs.index(options) + 1}/{len(runs)}]"
+        try:
+            rows = future.result()
+        except Exception as error:  # hours of other runs need not end with this one
+            failed += 1
+            print(number, f"failed: {command(options)}\n{type(error).__name__}: {error}", flush=True)
+            continue
+        append(name, rows)
+        last = {key: float(rows[-1][key]) for key in ("learner_return", "cpu_seconds")}
         seconds = f"{last['cpu_seconds']:.0f} cpu-s"
-        print(
-            f"[{number}/{len(runs)}] {final['learner']:9.3f} {seconds:>10s}  {command(options)}", flush=True
-        )
+        print(f"{number} {last['learner_return']:9.3f} {seconds:>10s}  {command(options)}", flush=True)
+    return failed
 
 
 def random_returns():
@@ -180,27 +200,88 @@ def experiment(row):
     return row["command"].split(" --seed ")[0].removeprefix("python magpo.py ")
 
 
-def tables(only=None):
-    """Print each experiment's final returns over seeds: mean, 95 % bootstrap interval, each seed."""
+def estimate(values):
+    """Mean and 95 % bootstrap interval, in Markdown."""
+    mean, low, high = compare.interval(values)
+    return f"**{mean:.2f}** [{low:.2f}, {high:.2f}]"
+
+
+def print_row(*cells):
+    print(f"| {' | '.join(cells)} |")
+
+
+def print_heads(*heads):
+    print()
+    print_row(*heads)
+    print("|---" * len(heads) + "|")
+
+
+def random_score(env):
+    """Random play's mean return, as text: measured where it is other people's environment."""
+    if env in envs.ENVS:
+        return f"{envs.make(env, 1).references['random']:.3g}"
     with open(HERE / "random.csv") as file:
-        randoms = {row["env"]: f"{float(row['mean']):.3g} +- {row['ci95']}" for row in csv.DictReader(file)}
-    for name in [only] if only else EXPERIMENTS:
-        last = [row for row in read(name) if row["final"] == 1]
+        known = {row["env"]: f"{float(row['mean']):.3g} +- {row['ci95']}" for row in csv.DictReader(file)}
+    return known.get(env, "")
+
+
+def print_runs(name, last):
+    """A row for all seeds of a command, the tuning's from best to worst on each task."""
+    print_heads(f"`sweep {name}`", "random", "learners", "each seed", "guider", "steps", "CPU-seconds")
+    groups = {}
+    for row in last:
+        groups.setdefault(experiment(row), []).append(row)
+    if name == "tuning":
+        tasks = list(dict.fromkeys(row["env"] for row in last))
+
+        def rank(runs):
+            return tasks.index(runs[0]["env"]), -np.mean([row["learner_return"] for row in runs])
+
+        groups = dict(sorted(groups.items(), key=lambda group: rank(group[1])))
+    for title, runs in groups.items():
+        seeds = ", ".join(f"{row['learner_return']:.2f}" for row in runs)
+        guider, cpu = (np.mean([row[key] for row in runs]) for key in ("guider_return", "cpu_seconds"))
+        learners = estimate([row["learner_return"] for row in runs])
+        guider = "" if np.isnan(guider) else f"{guider:.2f}"
+        steps = f"{runs[0]['step'] / 1e6:.2f} M"
+        print_row(f"`{title}`", random_score(runs[0]["env"]), learners, seeds, guider, steps, f"{cpu:.0f}")
+
+
+def print_paper(name, last):
+    """A row a task: the three methods, and what others have published."""
+    others = [f"{method}, published" for method in METHODS]
+    print_heads(f"`sweep {name}`", "random", *ALGOS, "seeds", "steps", "CPU-seconds", *others)
+    for env in dict.fromkeys(row["env"] for row in last):
+        cells, cpu, seeds = [], [], []
+        for algo in ALGOS:
+            runs = [row for row in last if (row["env"], row["algo"]) == (env, algo)]
+            won = np.mean([row["won"] for row in runs]) if runs else math.nan
+            cell = estimate([row["learner_return"] for row in runs]) if runs else ""
+            cells.append(cell if np.isnan(won) else f"{cell}, {won:.0%} won")
+            cpu.append(f"{np.mean([row['cpu_seconds'] for row in runs]):.0f}" if runs else "")
+            seeds.append(f"{len(runs)}")
+        steps = " / ".join(
+            f"{x / 1e6:.2f} M" for x in sorted({row["step"] for row in last if row["env"] == env})
+        )
+        scores = [published(env).get(method, "") for method in METHODS]
+        print_row(
+            f"`{env}`", random_score(env), *cells, " / ".join(dict.fromkeys(seeds)), steps, " / ".join(cpu),
+            *(f"{score:g}" if isinstance(score, float) else score for score in scores),
+        )  # fmt: skip
+    print(f"\nCPU-seconds of {' / '.join(ALGOS)}. Published: 20 M steps, the best parameters on the way.")
+
+
+def tables(pattern="*"):
+    """Print each experiment's final returns over seeds: mean, 95 % bootstrap interval, and more."""
+    for name in fnmatch.filter(EXPERIMENTS, pattern):
+        rows = wanted(name) if name.startswith("paper_") else read(name)
+        last = [row for row in rows if row["final"] == 1]
         if last:
-            heads = ("random", "learners", "each seed", "guider", "steps", "CPU-seconds")
-            print(f"\n| `sweep {name}` | {' | '.join(heads)} |\n" + "|---" * 7 + "|")
-        for title in dict.fromkeys(map(experiment, last)):
-            runs = [row for row in last if experiment(row) == title]
-            mean, low, high = compare.interval([row["learner_return"] for row in runs])
-            seeds = ", ".join(f"{row['learner_return']:.2f}" for row in runs)
-            guider, cpu = (np.mean([row[key] for row in runs]) for key in ("guider_return", "cpu_seconds"))
-            env, steps = runs[0]["env"], f"{runs[0]['step'] / 1e6:.2f} M"
-            random = randoms.get(env) or f"{envs.make(env, 1).references['random']:.3g}"
-            learners, guider = (
-                f"**{mean:.2f}** [{low:.2f}, {high:.2f}]",
-                "" if np.isnan(guider) else f"{guider:.2f}",
-            )
-            print(f"| `{title}` | {random} | {learners} | {seeds} | {guider} | {steps} | {cpu:.0f} |")
+            (print_paper if name.startswith("paper_") else print_runs)(name, last)
+        machines = Counter(row["machine"] for row in last if "machine" in row)
+        if len(machines) > 1:
+            counts = ", ".join(f"{count} of {machine}" for machine, count in machines.items())
+            print(f"\nThe CPU-seconds are not of one machine; runs: {counts}.")
 
 
 def healthy(run):
@@ -212,102 +293,46 @@ def healthy(run):
         print(f"{name:22s} {low:8.3g} to {high:.3g}")
 
 
-# --- Pictures -------------------------------------------------------------------------------------------
+def main():
+    how = dict(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(**how, epilog=f"Names of experiments: {', '.join(EXPERIMENTS)}")
+    commands = parser.add_subparsers(dest="what", required=True, metavar="COMMAND")
+    words = commands.add_parser("sweep")
+    words.add_argument("name", choices=EXPERIMENTS, metavar="NAME")
+    words.add_argument("text", nargs="?", default="", metavar="TEXT")
+    words.add_argument("--jobs", type=int, default=1)
+    words.add_argument("--minutes", type=float, default=math.inf)
+    commands.add_parser("tables").add_argument("name", nargs="?", default="*", metavar="NAME")
+    commands.add_parser("record").add_argument("--add", action="store_true")
+    commands.add_parser("healthy").add_argument("run", metavar="RUN")
+    commands.add_parser("random")
+    commands.add_parser("draw")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    if given.what == "sweep":
+        if given.jobs < 1:
+            parser.error("--jobs must be at least 1.")
+        try:
+            sys.exit(sweep(given.name, given.text, given.jobs, given.minutes) > 0)
+        except KeyboardInterrupt:
+            sys.exit(f"Stopped. What had ended is in results/{given.name}.csv.")
+    elif given.what == "tables":
+        tables(given.name)
+    elif given.what == "record":
+        from results import record  # it needs this module
 
+        if given.add:
+            record.add()
+        record.table()
+    elif given.what == "healthy":
+        healthy(given.run)
+    elif given.what == "random":
+        random_returns()
+    else:
+        from results import draw  # as above
 
-def draw_curves(name):
-    """Learning curves of an experiment, and the imitation gap."""
-    rows = read(name)
-    runs = []
-    for text in dict.fromkeys(row["command"] for row in rows):
-        points = [row for row in rows if row["command"] == text and row["final"] == 0]
-        same = {key: points[0][key] for key in ("seed", "env", "algo")}
-        runs.append(dict(label=same["algo"], points=points, **same))
-    references = envs.make(runs[0]["env"], 1).references
-    compare.draw(runs, HERE / f"{name}.png", references.items())
-
-
-def draw_delta():
-    """Final return of the learners against delta; infinity is drawn at the right end."""
-    runs = [row for name in ("delta_matrix", "delta_coordsum") for row in read(name) if row["final"] == 1]
-    names = list(dict.fromkeys(row["env"] for row in runs))
-    figure, axes = plt.subplots(1, len(names), figsize=(4 * len(names), 3.4), squeeze=False)
-    for ax, env in zip(axes[0], names, strict=True):
-        deltas = sorted({row["delta"] for row in runs if row["env"] == env})
-        returns = [[r["learner_return"] for r in runs if (r["env"], r["delta"]) == (env, d)] for d in deltas]
-        band = np.array([compare.interval(values) for values in returns])
-        ax.errorbar(
-            range(len(deltas)), band[:, 0], np.abs(band[:, 1:] - band[:, :1]).T, marker="o", capsize=3
-        )
-        ax.set_xticks(range(len(deltas)), [f"{d:g}" for d in deltas])
-        ax.set(title=env, xlabel="delta", ylabel="learners' return")
-    compare.save(figure, HERE / "delta.png")
-
-
-def draw_delta_lambda():
-    """Mean final return of the learners on sum10 for each delta and lambda."""
-    runs = [row for row in read("delta_lambda") if row["final"] == 1]
-    deltas, lams = (sorted({row[key] for row in runs}) for key in ("delta", "lam"))
-    figure, axes = plt.subplots(figsize=(5, 3.4))
-    cells = np.full((len(lams), len(deltas)), math.nan)
-    for (i, lam), (j, delta) in itertools.product(enumerate(lams), enumerate(deltas)):
-        cells[i, j] = np.mean([r["learner_return"] for r in runs if (r["delta"], r["lam"]) == (delta, lam)])
-        color = "w" if cells[i, j] < 0.6 else "k"
-        axes.text(j, i, f"{cells[i, j]:.2f}", ha="center", va="center", color=color)
-    axes.imshow(cells, vmin=0, vmax=1, cmap="viridis", aspect="auto", origin="lower")
-    axes.set_xticks(range(len(deltas)), [f"{d:g}" for d in deltas])
-    axes.set_yticks(range(len(lams)), [f"{lam:g}" for lam in lams])
-    axes.set(xlabel="delta", ylabel="lambda", title="matrix_sum10: learners' return")
-    compare.save(figure, HERE / "delta_lambda.png")
-
-
-def draw_clip():
-    """Eq. 9's objective for one sample against mu/pi, with the bound delta and without it, which is PPO."""
-    log_gaps = torch.linspace(math.log(0.25), math.log(4), 400)  # log mu/pi
-    zero = torch.zeros(1)
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.2))
-    # pi is behind mu_old, then beyond it: the inner clip binds first
-    for ax, sign, pi in zip(axes, (1.0, -1.0), (0.6, 1.6), strict=True):
-        log_pi, advantage = torch.tensor(math.log(pi)), torch.tensor(sign)
-        for delta, style in ((math.inf, "k:"), (1.5, "tab:blue")):
-            losses = [
-                magpo.guider_loss(log_pi + gap, log_pi, zero, advantage, zero, 0.2, delta)[0]
-                for gap in log_gaps
-            ]
-            ax.plot(log_gaps.exp(), [-loss for loss in losses], style, label=f"delta = {delta:g}")
-        for bound in (1 / 1.5, 1.5):
-            ax.axvline(bound, color="gray", lw=0.8, ls="--")
-        title = f"A = {sign:+.0f}, pi/mu_old = {pi}, epsilon = 0.2"
-        ax.set(xlabel="mu/pi", ylabel="objective, min(r A, rho A)", title=title, xscale="log")
-        ax.set_xticks([0.25, 0.5, 1, 2, 4], ["0.25", "0.5", "1", "2", "4"])
-        ax.minorticks_off()
-        ax.legend(fontsize=8)
-    compare.save(figure, HERE / "clip.png")
-
-
-def draw():
-    for name in ("mpe_spread", "coordsum", "sum10"):
-        if read(name):
-            draw_curves(name)
-    if read("delta_matrix"):
-        draw_delta()
-    if read("delta_lambda"):
-        draw_delta_lambda()
-    draw_clip()
+        draw.draw()
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    match sys.argv[1:]:
-        case ["sweep", name, *text] if name in EXPERIMENTS and len(text) < 2:
-            sweep(name, *text)
-        case ["tables", *name] if len(name) < 2:
-            tables(*name)
-        case ["healthy", run]:
-            healthy(run)
-        case ["random"]:
-            random_returns()
-        case ["draw"]:
-            draw()
-        case _:
-            sys.exit(f"{__doc__}\nNames of experiments: {', '.join(EXPERIMENTS)}")
+    main()

@@ -220,9 +220,9 @@ def score_of(row):
     return (row["learner_return"] - random) / (heuristic - random)
 
 
-def first_reached(rows, score, key):
+def first_reached(rows, score, key, scored=score_of):
     """row[key] of the first row at which the learners' score is reached; inf if none is."""
-    return next((row[key] for row in rows if score_of(row) >= score), float("inf"))
+    return next((row[key] for row in rows if scored(row) >= score), float("inf"))
 
 
 def quality():

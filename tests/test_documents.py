@@ -63,6 +63,7 @@ RUN_BY = {  # the tests that run the others
     "python results/make.py sweep": "test_sweeps_go_on_where_they_stopped",
     "python results/make.py tables": "test_the_tables_of_results_are_printed",
     "python results/make.py draw": "test_every_picture_is_drawn",
+    "python results/make.py record": "test_the_record_is_measured_and_printed",
     "python results/make.py random": "test_random_play_is_written_down",
     "python results/make.py healthy": "test_healthy_ranges_hold_nine_of_ten_values",
     "python results/details.py": "test_details_train_and_change_something",

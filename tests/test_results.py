@@ -5,6 +5,8 @@ import itertools
 import math
 import shutil
 import sys
+import threading
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,9 @@ from PIL import Image, ImageOps, ImageSequence
 
 import envs
 import magpo
-from results import compare, details, imitation, make, speed, watch
+from adapters.published import METHODS, ROWS, published
+from options import DEFAULTS, PRESETS
+from results import compare, details, draw, experiments, imitation, make, record, speed, watch
 
 ROOT = Path(__file__).parents[1]
 TINY = dict(env="mpe_spread", num_envs=4, num_steps=5, num_minibatches=1, eval_episodes=4, hidden_dim=16)
@@ -71,12 +75,15 @@ def test_compare_prints_and_draws(tmp_path, monkeypatch, capsys):
 @pytest.mark.slow
 def test_sweeps_go_on_where_they_stopped(here, monkeypatch, capsys):
     options = dict(env="matrix_xor", num_envs=64, total_timesteps=2048, eval_episodes=64)
-    monkeypatch.setattr(make, "EXPERIMENTS", {"tiny": make.grid((1, 2), anneal_lr=False, **options)})
+    monkeypatch.setattr(
+        make, "EXPERIMENTS", {"tiny": experiments.grid((1, 2, 3), anneal_lr=False, **options)}
+    )
     make.sweep("tiny", "seed 2")
-    make.sweep("tiny")
+    make.sweep("tiny", jobs=2)
     rows = make.read("tiny")
-    assert [row["seed"] for row in rows if row["final"] == 1] == [2, 1]
-    assert capsys.readouterr().out.count("cpu-s") == 2
+    seeds = [row["seed"] for row in rows if row["final"] == 1]
+    assert seeds[0] == 2 and sorted(seeds[1:]) == [1, 3]
+    assert capsys.readouterr().out.count("cpu-s") == 3
     args, points, final = make.train(**options, seed=1, anneal_lr=False)
     mine = [row for row in rows if row["seed"] == 1]
     assert [row["learner_return"] for row in mine[:-1]] == pytest.approx(
@@ -94,14 +101,15 @@ def test_sweeps_go_on_where_they_stopped(here, monkeypatch, capsys):
 def test_every_picture_is_drawn(here):
     for path in (ROOT / "results").glob("*.csv"):
         shutil.copy(path, here)
-    make.draw()
+    draw.draw()
     names = {"mpe_spread", "coordsum", "sum10", "delta", "delta_lambda", "clip"}
+    names |= {f"paper_{suite}" for suite in experiments.PAPER if make.read(f"paper_{suite}")}
     assert {path.stem for path in here.glob("*.png")} == names
     assert names | {"growth"} == {path.stem for path in (ROOT / "results").glob("*.png")}
 
 
 def test_random_play_is_written_down(here, monkeypatch):
-    monkeypatch.setattr(make, "RANDOM", {make.REMEMBER: 512})
+    monkeypatch.setattr(make, "RANDOM", {experiments.REMEMBER: 512})
     make.random_returns()
     (row,) = csv.DictReader((here / "random.csv").read_text().splitlines())
     assert abs(float(row["mean"]) - 1 / 9) < 3 * float(row["ci95"])  # two agents, three numbers
@@ -118,6 +126,199 @@ def test_commands_of_sweeps_are_options():
     for runs in make.EXPERIMENTS.values():
         for options in runs:
             magpo.Args(**options)
+
+
+def a_curve(returns, seed=1, final=math.nan, won=math.nan, machine="here", **options):
+    """Rows of make.py as a run leaves them, an evaluation every 100 steps and 10 CPU-seconds."""
+    same = dict(algo="magpo", seed=seed, delta=1.5, lam=2.0, machine=machine, won=math.nan) | options
+    same["command"] = make.command(options | dict(seed=seed))
+    rows = [
+        dict(step=100 * i, cpu_seconds=10 * i, learner_return=x, guider_return=x, final=0) | same
+        for i, x in enumerate((*returns, final), 1)
+    ]
+    rows[-1] |= dict(final=1, won=won)
+    return [{name: row[name] for name in make.COLUMNS} for row in rows]
+
+
+def test_the_papers_runs_are_in_step_when_stopped():
+    for suite, (seeds, tasks) in experiments.PAPER.items():
+        runs = make.EXPERIMENTS[f"paper_{suite}"]
+        assert runs == experiments.paper(suite) and len(runs) == 3 * len(seeds) * len(tasks)
+        counts = dict.fromkeys(itertools.product(tasks, make.ALGOS), 0)
+        for run in runs:
+            counts[run["env"], run["algo"]] += 1
+            assert max(counts.values()) - min(counts.values()) <= 1
+
+
+def test_a_method_is_tuned_apart(monkeypatch):
+    monkeypatch.setattr(experiments, "TUNED", {("lbf", "mappo"): dict(learning_rate=4e-3)})
+    rates = {(run["algo"], run.get("learning_rate")) for run in experiments.paper("lbf")}
+    assert rates == {("magpo", None), ("mappo", 4e-3), ("ctds", None)}
+    assert not any("learning_rate" in run for run in experiments.paper("smax"))
+
+
+def test_every_method_has_as_many_tries():
+    runs = make.EXPERIMENTS["tuning"]
+    tries = Counter((run["env"], run["algo"], run["seed"]) for run in runs)
+    assert len(tries) == 6 * 3 * 2 and set(tries.values()) == {6}
+    assert len(set(map(make.command, runs))) == len(runs)
+    assert not {run["seed"] for run in runs} & {*experiments.THREE, *experiments.FIVE}
+    for suite, (_, rates, entropy, delta, lam) in experiments.TUNING.items():
+        preset = DEFAULTS | PRESETS[suite]
+        assert preset["learning_rate"] in rates
+        assert (entropy, delta, lam) != (preset["ent_coef"], preset["delta"], preset["lam"])
+        assert entropy != preset["ent_coef"] and delta != preset["delta"] and lam != preset["lam"]
+
+
+def test_runs_side_by_side_and_failures(here, monkeypatch, capsys):
+    """Two at once: the first two wait for each other. The rows are all of every run that did not fail."""
+    runs = experiments.grid((1, 2, 3, 4), env="matrix_xor")
+    monkeypatch.setattr(make, "EXPERIMENTS", {"stub": runs})
+    meet, inside, most = threading.Barrier(2, timeout=5), [], []
+
+    def apart(options):
+        inside.append(options)
+        most.append(len(inside))
+        if options["seed"] < 3:
+            meet.wait()
+        inside.remove(options)
+        if options["seed"] == 3:
+            raise ValueError("not this one")
+        return a_curve((0.0, 1.0), final=options["seed"], **options)
+
+    monkeypatch.setattr(make, "apart", apart)
+    assert make.sweep("stub", jobs=2) == 1
+    assert max(most) == 2 and Counter(row["seed"] for row in make.read("stub")) == {1: 3, 2: 3, 4: 3}
+    assert "failed: python magpo.py --env matrix_xor --seed 3\nValueError: not" in capsys.readouterr().out
+    monkeypatch.setattr(make, "apart", lambda options: a_curve((0.0,), **options))
+    assert make.sweep("stub") == 0 and capsys.readouterr().out.count("cpu-s") == 1  # the one that failed
+
+
+def test_no_run_starts_when_time_is_up(monkeypatch):
+    monkeypatch.setattr(make, "apart", lambda options: options)
+    monkeypatch.setattr(make.time, "monotonic", iter(range(0, 600, 60)).__next__)  # a minute at every look
+    started = [options for options, _ in make.side_by_side("abcdef", minutes=2.5)]
+    assert started == ["a", "b"]
+
+
+def test_ctrl_c_leaves_whole_rows(here, monkeypatch, capsys):
+    monkeypatch.setattr(make, "EXPERIMENTS", {"stub": experiments.grid((1, 2, 3), env="matrix_xor")})
+
+    def apart(options):
+        if options["seed"] == 2:
+            raise KeyboardInterrupt
+        return a_curve((0.0,), **options)
+
+    monkeypatch.setattr(make, "apart", apart)
+    with pytest.raises(SystemExit) as end:
+        main(monkeypatch, make, "sweep", "stub")
+    assert "results/stub.csv" in end.value.code and {row["seed"] for row in make.read("stub")} == {1}
+
+
+def test_a_sweep_does_not_mix_columns(here, monkeypatch):
+    monkeypatch.setattr(make, "EXPERIMENTS", {"old": []})
+    make.append("old", [dict(step=1, command="x")])
+    with pytest.raises(SystemExit, match="delete it"):
+        make.sweep("old")
+
+
+def test_rows_of_a_run_say_who_won_and_where(monkeypatch):
+    """In xor the return is 1 for an episode won, else 0."""
+    options = dict(env="matrix_xor", num_envs=32, num_steps=4, total_timesteps=128, eval_episodes=64)
+    nobody = make.run(options)[-1]
+    monkeypatch.setattr(envs.MatrixGame, "win_return", 0.5)
+    *curve, last = make.run(options)
+    assert nobody["won"] == "nan" and {row["won"] for row in curve} == {"nan"}
+    assert last["won"] == last["learner_return"] and last["final"] == "1" and 0 < float(last["won"]) < 1
+    assert set(last) == set(make.COLUMNS) and last["machine"] == make.machine()
+    assert last["machine"].endswith(f"; torch {torch.__version__}; cpu")
+
+
+def test_tables_of_the_paper_stand_beside_the_published(here, monkeypatch, capsys):
+    (here / "random.csv").write_text("env,mean,ci95\nsmax:2s3z,0.2149,0.0069\n")
+    for seed, final in ((1, 1.0), (2, 2.0)):
+        curve = a_curve((0.5,), seed, final, won=0.5 * seed, env="smax:5m_vs_6m", algo="magpo")
+        make.append("paper_smax", curve)
+    there = dict(env="smax:5m_vs_6m", algo="mappo")
+    make.append("paper_smax", a_curve((0.5,), 1, 1.25, won=0.25, machine="there", **there))
+    make.append("paper_smax", a_curve((0.5,), 2, 9.0, won=1.0, learning_rate=1.0, **there))  # not tuned so
+    make.append("paper_smax", a_curve((0.5,), 1, 2.0, won=1.0, env="smax:2s3z", algo="ctds"))
+    main(monkeypatch, make, "tables", "paper_*")
+    heads, _, hard, easy, _, note, _, machines = capsys.readouterr().out.strip().splitlines()
+    assert heads.count("published") == 4 and heads.endswith("MAGPO, published |")
+    first = "**1.50** [1.00, 2.00], 75% won | **1.25** [1.25, 1.25], 25% won |  | 2 / 1 / 0 | 0.00 M"
+    assert hard == f"| `smax:5m_vs_6m` |  | {first} | 20 / 20 /  | 1.05 | 1.6 | 1.47 |  |"
+    assert easy.startswith("| `smax:2s3z` | 0.215 +- 0.0069 |  |  | **2.00** [2.00, 2.00], 100% won |")
+    assert easy.endswith("| 2 | 1.99 | 2 | 100 % won |") and "20 M steps" in note
+    assert machines.endswith("runs: 3 of here, 1 of there.")
+
+
+def test_the_tuning_is_sorted_within_a_task(here, capsys):
+    runs = [
+        run for run in make.EXPERIMENTS["tuning"] if run["env"] in ("coordsum_8x15", "mpe_spread_3ag_paper")
+    ]
+    scores = iter(np.random.default_rng(0).permutation(len(runs)) / 1.0)
+    for run in runs:
+        make.append("tuning", a_curve((0.0,), final=next(scores), **run))
+    make.tables("tuning")
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if "--env" in line]
+    means = [float(row[2].split("**")[1]) for row in rows]
+    assert ["coordsum" in row[0] for row in rows] == [True] * 18 + [False] * 18
+    assert all(part == sorted(part, reverse=True) for part in (means[:18], means[18:]))
+
+
+def test_the_papers_pictures_have_a_column_a_task(here, monkeypatch):
+    for task, algo, seed in itertools.product(("smax:2s3z", "smax:5m_vs_6m"), ("magpo", "mappo"), (1, 2)):
+        make.append("paper_smax", a_curve((0.0, seed), seed, env=task, algo=algo))
+    axes = []
+    monkeypatch.setattr(draw.plt, "close", lambda figure: axes.extend(figure.axes))
+    draw.draw_paper("smax")
+    assert len(axes) == 4 and (here / "paper_smax.png").stat().st_size > 5000
+    over_steps, over_seconds = axes[1], axes[3]
+    (steps, mean), (seconds, _) = (ax.get_lines()[0].get_data() for ax in (over_steps, over_seconds))
+    assert list(steps) == [100, 200] and list(seconds) == [10, 20] and list(mean) == [0, 1.5]
+    lines = {line.get_label(): line.get_ydata()[0] for line in over_steps.get_lines()[2:]}
+    assert lines == {f"{method}, published": score for method, score in published("smax:5m_vs_6m").items()}
+
+
+def test_published_scores_are_of_our_tasks_in_our_units():
+    assert {row["method"] for row in ROWS} == set(METHODS) and len(ROWS) == 39 * 3 + 6
+    assert {row["task"] for row in ROWS if ":" not in row["task"]} <= envs.ENVS.keys()
+    for row in ROWS:
+        if row["note"].startswith("published as"):  # a mean over N agents
+            num_agents = int(row["task"].split("x")[-1].removesuffix("a"))
+            mean = float(row["note"].split()[2].removesuffix(":"))
+            assert float(row["score"]) == pytest.approx(num_agents * mean)
+        else:
+            assert not row["task"].startswith("connector") or not row["score"]
+
+
+# --- record.py ----------------------------------------------------------------------------------------------
+
+
+def test_the_record_is_measured_and_printed(here, monkeypatch, capsys):
+    """Medians over three seeds. On mpe_spread a score of 0.60 is a return of -15.11, 0.90 is -9.50."""
+    curves = {
+        "mpe_spread": ((-26.0, -15.0, -9.0), (-15.2, -15.2, -15.0), (-9.4, -20.0, -20.0)),
+        "lbf:8x8-2p-2f-coop": ((0.94, 0.95, 0.0), (0.0, 0.0, 0.0), (0.94, 0.94, 0.94)),
+    }
+    monkeypatch.setattr(
+        make, "apart", lambda run: a_curve(curves[run["env"]][run["seed"] - 1], final=9, **run)
+    )
+    monkeypatch.setattr(record, "commit", lambda: "abc1234")
+    main(monkeypatch, make, "record", "--add")
+    heads, _, row, _, note = capsys.readouterr().out.split("\n\n", 1)[1].strip().splitlines()
+    assert heads == "| date | commit | mpe_spread 0.60 | mpe_spread 0.90 | lbf 0.95 | machine |"
+    cells = "abc1234 | 20 s, 200 steps | 30 s, 300 steps | not reached"
+    assert row.split(" | ", 1)[1] == f"{cells} | {make.machine()} |" and "seeds 1, 2, 3" in note
+    (saved,) = make.read("record")
+    assert (saved["lbf 0.95 step"], saved["mpe_spread 0.90 cpu_seconds"]) == (math.inf, 30)
+    main(monkeypatch, make, "record", "--add")
+    assert len(make.read("record")) == 2
+
+
+def test_a_record_is_of_a_commit():
+    assert len(record.commit().removesuffix("-dirty")) >= 7
 
 
 # --- details.py and imitation.py ----------------------------------------------------------------------------

@@ -1,0 +1,108 @@
+"""Which runs there are: the experiments of make.py, by name, and what tasks are played at random."""
+
+import itertools
+import math
+
+ALGOS = ("magpo", "mappo", "ctds")
+DELTAS = (1.05, 1.2, 1.5, 2.0, 4.0, math.inf)
+MATRIX = tuple(f"matrix_{name}" for name in ("climbing", "penalty", "xor", "sum10"))
+MPE2 = tuple(
+    f"pettingzoo:mpe2.simple_{name}" for name in ("spread_v3", "reference_v3", "speaker_listener_v4")
+)
+FORAGING = ("gym:Foraging-8x8-2p-2f-coop-v3", "gym:Foraging-2s-8x8-2p-2f-coop-v3")
+REMEMBER = "pettingzoo:results.remember"
+LONG = ("gym:rware-tiny-2ag-v2", "pettingzoo:butterfly.knights_archers_zombies_v11")
+THREE, FIVE = (1, 2, 3), (1, 2, 3, 4, 5)  # seeds
+COORDSUM = tuple(f"coordsum_{size}" for size in ("3x10", "3x30", "5x20", "8x15"))
+LBF = ("8x8-2p-2f-coop", "2s-8x8-2p-2f-coop", "10x10-3p-3f", "2s-10x10-3p-3f", "15x15-3p-5f", "15x15-4p-3f",
+       "15x15-4p-5f")  # fmt: skip
+PAPER = {  # the paper's tasks, by suite: seeds, ids
+    "coordsum": (FIVE, (*COORDSUM, *(f"{name}_official" for name in COORDSUM))),
+    "lbf": (FIVE, tuple(f"lbf:{task}" for task in LBF)),
+    "connector": (THREE, ("connector:con-5x5x3a", "connector:con-7x7x5a")),
+    "mpe": (THREE, ("mpe_spread_3ag_paper", "mpe_spread_5ag_paper")),
+    "smax": (THREE, ("smax:2s3z", "smax:5m_vs_6m")),
+    "rware": (THREE, ("rware:tiny-2ag", "rware:tiny-4ag")),
+}
+TUNED = {}  # (suite, algo) -> options over the preset's, as its tuning has found them
+TUNING = {  # suite -> task, learning rates (the preset's among them), another ent_coef, delta, lam for each
+    "coordsum": ("coordsum_8x15", (1e-3, 2e-3, 4e-3), 0.03, 1.5, 8.0),
+    "lbf": ("lbf:8x8-2p-2f-coop", (1e-3, 2e-3, 4e-3), 0.01, 2.0, 4.0),
+    "connector": ("connector:con-5x5x3a", (5e-4, 1e-3, 2e-3), 0.001, 2.0, 4.0),
+    "mpe": ("mpe_spread_3ag_paper", (1.5e-3, 3e-3, 4.5e-3), 0.001, 1.5, 1.0),
+    "smax": ("smax:2s3z", (5e-4, 1e-3, 2e-3), 0.001, 1.3, 4.0),
+    "rware": ("rware:tiny-2ag", (5e-4, 1e-3, 2e-3), 0.03, 2.0, 8.0),
+}
+OTHERS = (*MPE2, *FORAGING, REMEMBER, *(task for _, tasks in PAPER.values() for task in tasks if ":" in task))
+RANDOM = dict.fromkeys(OTHERS, 512) | dict.fromkeys(LONG, 32)  # episodes of random play
+
+
+def grid(seeds, **options):
+    """All combinations of the options' values (a tuple holds several), for every seed -> list of dicts."""
+    values = [value if isinstance(value, tuple) else (value,) for value in options.values()]
+    chosen = itertools.product(*values)
+    return [dict(zip(options, choice, strict=True), seed=seed) for choice in chosen for seed in seeds]
+
+
+def paper(suite):
+    """Every method on the tasks of a suite, seed by seed: a sweep that is stopped halfway is balanced."""
+    seeds, tasks = PAPER[suite]
+    runs = itertools.product(seeds, tasks, ALGOS)
+    return [dict(env=env, algo=algo, **TUNED.get((suite, algo), {}), seed=seed) for seed, env, algo in runs]
+
+
+def tuning(seeds):
+    """As many tries for every method, six a suite, on seeds that are not reported.
+
+    magpo has two options more: it tries one change at a time, the others each rate with each entropy bonus.
+    """
+    runs = []
+    for seed, (env, rates, entropy, delta, lam) in itertools.product(seeds, TUNING.values()):
+        tries = [dict(learning_rate=rate) for rate in rates]
+        pairs = [*tries, *(options | dict(ent_coef=entropy) for options in tries)]
+        changes = [*tries, dict(ent_coef=entropy), dict(delta=delta), dict(lam=lam)]
+        for algo in ALGOS:
+            for options in changes if algo == "magpo" else pairs:
+                runs.append(dict(env=env, algo=algo, **options, seed=seed))
+    return runs
+
+
+EXPERIMENTS = {
+    "mpe_spread": grid(FIVE, env="mpe_spread", algo=ALGOS),
+    "coordsum": grid(FIVE, env="coordsum_3x10", algo=ALGOS),
+    "sum10": grid(FIVE, env="matrix_sum10", algo=ALGOS),
+    "matrix": grid(FIVE, env=MATRIX, algo=("magpo", "mappo")),
+    "delta_matrix": grid(FIVE, env=("matrix_climbing", "matrix_sum10"), delta=DELTAS),
+    "delta_coordsum": grid(FIVE, env="coordsum_3x10", delta=DELTAS, total_timesteps=240_000),
+    "delta_lambda": grid(THREE, env="matrix_sum10", delta=(*DELTAS[:4], math.inf), lam=(0.0, 0.5, 2.0, 8.0)),
+    "backtracking": grid(THREE, env="coordsum_3x10", backtracking=("soft", "reset"), total_timesteps=240_000)
+    + grid(THREE, env="mpe_spread", backtracking=("soft", "reset"), total_timesteps=832_000),
+    "others": grid(THREE, env=MPE2, total_timesteps=120_000)
+    + grid(THREE, env=FORAGING, algo=("magpo", "mappo"), total_timesteps=480_000),
+    "continuous": grid(
+        THREE, env="mpe_spread_continuous", algo=("magpo", "mappo"), total_timesteps=1_024_000
+    ),
+    "memory": grid(THREE, env=REMEMBER, recurrent=(False, True), total_timesteps=40_000)
+    + grid(THREE, env="mpe_spread_partial", recurrent=(False, True), total_timesteps=1_024_000),
+    "gamma": grid(THREE, env="coordsum_3x10", algo=("magpo", "mappo"), gamma=0.9),
+    "team": grid(
+        THREE,
+        env=("mpe_spread", "mpe_spread_5ag", "mpe_spread_10ag"),
+        algo=("magpo", "mappo"),
+        total_timesteps=1_024_000,
+    ),
+    "tuning": tuning((11, 12)),
+    **{f"paper_{suite}": paper(suite) for suite in PAPER},
+}
+
+
+def command(options):
+    """The command line that repeats a run."""
+    words = ["python magpo.py"]
+    for name, value in options.items():
+        flag = name.replace("_", "-")
+        if type(value) is bool:
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            words.append(f"--{flag} {value}")
+    return " ".join(words)
