@@ -143,7 +143,7 @@ def side_by_side(waiting, jobs=1, minutes=math.inf):
     waiting, running, begin = list(waiting), {}, time.monotonic()
     with ThreadPoolExecutor(jobs) as pool:
         while True:
-            # No more are handed in than can start: Ctrl-C would not reach those in the pool's own queue
+            # Neither the clock nor Ctrl-C could stop what waits in the pool: hand in what can start
             while waiting and len(running) < jobs and time.monotonic() - begin < 60 * minutes:
                 options = waiting.pop(0)
                 running[pool.submit(apart, options)] = options
