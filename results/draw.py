@@ -96,7 +96,7 @@ def draw_paper(suite):
     """
     rows = make.wanted(f"paper_{suite}")
     tasks = list(dict.fromkeys(row["env"] for row in rows))
-    shape, size = (2, len(tasks)), (max(2.4 * len(tasks), 5), 4.6)
+    shape, size = (2, len(tasks)), (max(2 * len(tasks), 5), 4.4)
     figure, axes = plt.subplots(*shape, figsize=size, sharey="col", squeeze=False, layout="constrained")
     for column, task in zip(axes.T, tasks, strict=True):
         for algo, color in COLORS.items():
@@ -119,7 +119,7 @@ def draw_paper(suite):
     for ax in axes[:, 0]:
         ax.set_ylabel("learners' return", fontsize=7)
     lines = {line.get_label(): line for ax in axes.flat for line in ax.get_lines()}
-    figure.legend(lines.values(), lines, loc="outside lower center", ncols=len(lines), fontsize=7)
+    figure.legend(lines.values(), lines, loc="outside lower center", ncols=max(3, len(tasks)), fontsize=7)
     figure.savefig(make.HERE / f"paper_{suite}.png", dpi=110)  # a tight layout would cut off the legend
     plt.close(figure)
 
