@@ -19,7 +19,7 @@ Each iteration of train() takes the paper's four steps. Steps 2 and 3 take turns
 mu/pi, the KL and the entropy are those of one agent, given the actions before its own.
 
 Shapes: T steps, E environments, N agents, D features of an observation, S of a global state, A actions of an
-agent, H width of the layers on an observation, C of the attention. "..." stands for any leading dimensions.
+agent, H features of an observation, C width of the attention. "..." stands for any leading dimensions.
 """
 
 import math
@@ -66,7 +66,7 @@ class Args:
     backtracking: Literal["soft", "reset"] = "soft"  # step 4: soft is the bound, reset the theory's mu := pi
     recurrent: bool = False  # give guider and learners a memory, a GRU over time
     embed_dim: int = 32  # width of the guider's and the critic's attention
-    hidden_dim: int | None = None  # width of the layers on an observation, of learners, guider and critic
+    hidden_dim: int | None = None  # H, features of an observation; two layers, twice as wide, stand in front
     # Run
     seed: int = 1  # seed of everything random, environments included
     cuda: bool = False  # train on the GPU, if there is one
@@ -150,10 +150,10 @@ class ObsEncoder(nn.Module):
     def __init__(self, num_agents, obs_dim, hidden_dim, recurrent=False, slot=0):
         super().__init__()
         self.slot = slot
-        self.agent_id = nn.Parameter(0.2 * torch.randn(num_agents, hidden_dim))
-        self.obs_in = linear(obs_dim, hidden_dim, 3.0)
-        self.middle = linear(hidden_dim, hidden_dim, 5 / 3)
-        self.out = linear(hidden_dim, hidden_dim, 5 / 3)
+        self.agent_id = nn.Parameter(0.2 * torch.randn(num_agents, 2 * hidden_dim))
+        self.obs_in = linear(obs_dim, 2 * hidden_dim, 3.0)
+        self.middle = linear(2 * hidden_dim, 2 * hidden_dim, 5 / 3)
+        self.out = linear(2 * hidden_dim, hidden_dim, 5 / 3)
         self.gru = nn.GRUCell(hidden_dim, hidden_dim) if recurrent else None
 
     def forward(self, obs, memory=None):
@@ -207,7 +207,7 @@ class Learner(nn.Module):
     """Decentralized policies pi(a|o) = prod_i pi(a^i | o^i), sharing weights. Agent i sees obs[..., i, :]."""
 
     def __init__(
-        self, num_agents, obs_dim, action_dim, continuous=False, hidden_dim=128, recurrent=False, slot=0
+        self, num_agents, obs_dim, action_dim, continuous=False, hidden_dim=64, recurrent=False, slot=0
     ):
         super().__init__()
         self.continuous = continuous
@@ -235,7 +235,7 @@ class Guider(nn.Module):
     """
 
     def __init__(
-        self, num_agents, obs_dim, action_dim, continuous=False, embed_dim=32, hidden_dim=128,
+        self, num_agents, obs_dim, action_dim, continuous=False, embed_dim=32, hidden_dim=64,
         recurrent=False, state_dim=0,
     ):  # fmt: skip
         super().__init__()

@@ -24,24 +24,25 @@ WORLD = int(os.environ.get("WORLD_SIZE", 1))  # torchrun's number of processes
 
 DEFAULTS = dict(
     total_timesteps=1_000_000, num_envs=128, num_steps=25, learning_rate=3e-3, gamma=0.95, gae_lambda=0.9,
-    num_minibatches=16, update_epochs=3, ent_coef=0.01, max_grad_norm=1.0, delta=2.0, lam=1.0, hidden_dim=128,
+    num_minibatches=16, update_epochs=3, ent_coef=0.01, max_grad_norm=1.0, delta=2.0, lam=1.0, hidden_dim=64,
     eval_every=10, eval_episodes=1024,
 )  # fmt: skip
-SUITE = dict(learning_rate=1e-3, gamma=0.99, num_minibatches=8, update_epochs=4, delta=1.5, lam=2.0,
+SUITE = dict(learning_rate=2e-3, gamma=0.99, num_minibatches=8, update_epochs=4, delta=1.5, lam=2.0,
              eval_episodes=256)  # fmt: skip
 PRESETS = {  # by the environment's family, the first word of its name
     "mpe": dict(total_timesteps=2_048_000, num_envs=256, update_epochs=2, learning_rate=4.5e-3, delta=1.3,
                 lam=3.0),
     "coordsum": dict(total_timesteps=320_000, learning_rate=2e-3, gamma=0.0, delta=1.3, lam=2.0),
     "matrix": dict(total_timesteps=40_960, num_steps=8, num_minibatches=2, update_epochs=4, ent_coef=0.05,
-                   learning_rate=4e-3, gamma=0.0, max_grad_norm=0.5, delta=1.3, hidden_dim=64),
+                   learning_rate=4e-3, gamma=0.0, max_grad_norm=0.5, delta=1.3, hidden_dim=32),
     "pettingzoo": dict(num_envs=32, num_minibatches=4, learning_rate=1e-3, eval_every=25, eval_episodes=256),
     "gym": dict(num_envs=32, num_steps=50, num_minibatches=8, learning_rate=1e-3, ent_coef=0.05, gamma=0.99,
                 eval_episodes=256, delta=1.3, lam=3.0),
     "lbf": SUITE | dict(total_timesteps=200_000, num_envs=64, num_steps=50, ent_coef=0.05),
     "smax": SUITE | dict(total_timesteps=400_000, num_envs=64, num_steps=64),
     "connector": SUITE | dict(total_timesteps=400_000),
-    "rware": SUITE | dict(total_timesteps=2_500_000, num_steps=128, num_minibatches=16, gae_lambda=0.95),
+    "rware": SUITE | dict(total_timesteps=2_500_000, num_steps=128, num_minibatches=16, gae_lambda=0.95,
+                          learning_rate=1e-3),
 }  # fmt: skip
 
 # A checkpoint has no say in what is imported or written, nor in what the machine does
@@ -124,7 +125,7 @@ def validate(args):
     envs.close()
     if hasattr(os, "sysconf"):  # not on Windows
         rollout = 2 * samples // WORLD * math.prod(envs.single_observation_space.shape)
-        least = 4 * (rollout + 16 * args.hidden_dim**2 + 64 * args.embed_dim**2)  # bytes, with Adam's
+        least = 4 * (rollout + 32 * args.hidden_dim**2 + 64 * args.embed_dim**2)  # bytes, with Adam's
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         if least > memory:
             sizes = f"{least / 1e9:.0f} GB of {memory / 1e9:.0f}"

@@ -152,6 +152,7 @@ def memory_advances(module, folder):
 def evaluation_is_of_the_updated_learners(module, folder):
     """The last logged return is what the checkpoint's learners earn with the same seed."""
     sizes = dict(env="mpe_spread", num_envs=8, num_steps=5, num_minibatches=1, total_timesteps=8 * 5 * 3)
+    sizes["learning_rate"] = 0.1  # every update is to change what the few episodes return
     with mock.patch.object(module, "evaluate", wraps=module.evaluate) as evaluate:
         rows, path = metrics(module, folder, **sizes)
     args, guider, learner = module.load(path)

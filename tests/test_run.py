@@ -284,7 +284,7 @@ def test_a_run_leaves_everything_behind(tmp_path, capsys):
     returns = magpo.evaluate(args, guider, learner, "learner", 1, args.seed + 2)
     assert f"{returns.mean():.2f}  (1 episodes)" in printed  # 120 steps pay for one of 25
     board = EventAccumulator(str(folder)).Reload()
-    assert b"hidden_dim: 128" in board.Tensors("args/text_summary")[0].tensor_proto.string_val[0]
+    assert b"hidden_dim: 64" in board.Tensors("args/text_summary")[0].tensor_proto.string_val[0]
     assert len(board.Scalars("guider_return")) == 3
 
 
@@ -394,7 +394,7 @@ def test_eval_prints_the_table_of_the_run(trained, main):
         ("--num-envs 0", "num_envs must be a number above 0"),
         ("--eval-episodes -3", "eval_episodes must be a number above 0"),
         ("--num-workers 256", "at once"),
-        ("--hidden-dim 128", "leave out hidden_dim"),
+        ("--hidden-dim 64", "leave out hidden_dim"),
     ],
 )
 def test_eval_refuses_what_does_not_fit(line, sentence, trained, main):
@@ -519,7 +519,7 @@ MALFORMED = {
     "no environment": [("args/env", "clumsy"), ("args/env", "")],
     "env_kwargs": [("args/env_kwargs", "x"), ("args/env_kwargs", '{"device": "x"}')],
     "does not fit": [
-        ("args/hidden_dim", 127), ("args/embed_dim", 33), ("args/recurrent", True),
+        ("args/hidden_dim", 63), ("args/embed_dim", 33), ("args/recurrent", True),
         ("args/env", "mpe_spread_5ag"), ("args/state", True), ("learner", {}), ("learner/" + HEAD, DELETE),
         ("learner/" + HEAD, 3), ("learner/more", 3), ("learner/" + HEAD, lambda x: x[:, :-1]),
         ("learner/" + HEAD, lambda x: x.double()), ("learner/" + HEAD, lambda x: x * math.nan),
