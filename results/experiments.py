@@ -17,8 +17,8 @@ COORDSUM = tuple(f"coordsum_{size}" for size in ("3x10", "3x30", "5x20", "8x15")
 LBF = ("8x8-2p-2f-coop", "2s-8x8-2p-2f-coop", "10x10-3p-3f", "2s-10x10-3p-3f", "15x15-3p-5f", "15x15-4p-3f",
        "15x15-4p-5f")  # fmt: skip
 PAPER = {  # the paper's tasks, by suite: seeds, ids
-    "coordsum": (FIVE, (*COORDSUM, *(f"{name}_official" for name in COORDSUM))),
-    "lbf": (FIVE, tuple(f"lbf:{task}" for task in LBF)),
+    "coordsum": (THREE, (*COORDSUM, *(f"{name}_official" for name in COORDSUM))),
+    "lbf": (THREE, tuple(f"lbf:{task}" for task in LBF)),
     "connector": (THREE, ("connector:con-5x5x3a", "connector:con-7x7x5a")),
     "mpe": (THREE, ("mpe_spread_3ag_paper", "mpe_spread_5ag_paper")),
     "smax": (THREE, ("smax:2s3z", "smax:5m_vs_6m")),
