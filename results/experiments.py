@@ -93,6 +93,14 @@ EXPERIMENTS = {
     ),
     "tuning": tuning((11, 12)),
     **{f"paper_{suite}": paper(suite) for suite in PAPER},
+    "paper_20m": grid(  # the paper's budget, on a GPU
+        (1,),
+        env=("rware:tiny-4ag", "smax:5m_vs_6m"),
+        algo=("magpo", "mappo"),
+        cuda=True,
+        total_timesteps=20_000_000,
+        num_envs=1024,
+    ),
 }
 
 
