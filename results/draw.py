@@ -128,7 +128,7 @@ def draw():
     for suite in PAPER:
         if make.wanted(f"paper_{suite}"):
             draw_paper(suite)
-    for name in ("mpe_spread", "coordsum", "sum10"):
+    for name in ("mpe_spread", "sum10"):
         if make.read(name):
             draw_curves(name)
     if make.read("delta_matrix"):

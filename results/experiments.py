@@ -9,20 +9,20 @@ MATRIX = tuple(f"matrix_{name}" for name in ("climbing", "penalty", "xor", "sum1
 MPE2 = tuple(
     f"pettingzoo:mpe2.simple_{name}" for name in ("spread_v3", "reference_v3", "speaker_listener_v4")
 )
-FORAGING = ("gym:Foraging-8x8-2p-2f-coop-v3", "gym:Foraging-2s-8x8-2p-2f-coop-v3")
+FORAGING = "gym:Foraging-8x8-2p-2f-coop-v3"
 REMEMBER = "pettingzoo:results.remember"
 LONG = ("gym:rware-tiny-2ag-v2", "pettingzoo:butterfly.knights_archers_zombies_v11")
 THREE, FIVE = (1, 2, 3), (1, 2, 3, 4, 5)  # seeds
 COORDSUM = tuple(f"coordsum_{size}" for size in ("3x10", "3x30", "5x20", "8x15"))
 LBF = ("8x8-2p-2f-coop", "2s-8x8-2p-2f-coop", "10x10-3p-3f", "2s-10x10-3p-3f", "15x15-3p-5f", "15x15-4p-3f",
        "15x15-4p-5f")  # fmt: skip
-PAPER = {  # the paper's tasks, by suite: seeds, ids
-    "coordsum": (THREE, (*COORDSUM, *(f"{name}_official" for name in COORDSUM))),
-    "lbf": (THREE, tuple(f"lbf:{task}" for task in LBF)),
-    "connector": (THREE, ("connector:con-5x5x3a", "connector:con-7x7x5a")),
-    "mpe": (THREE, ("mpe_spread_3ag_paper", "mpe_spread_5ag_paper")),
-    "smax": (THREE, ("smax:2s3z", "smax:5m_vs_6m")),
-    "rware": (THREE, ("rware:tiny-2ag", "rware:tiny-4ag")),
+PAPER = {  # the paper's tasks, by suite: seeds, ids, and options if not the preset's
+    "coordsum": (THREE, (*COORDSUM, *(f"{name}_official" for name in COORDSUM)), {}),
+    "lbf": (THREE, tuple(f"lbf:{task}" for task in LBF), {}),
+    "connector": (THREE, ("connector:con-5x5x3a", "connector:con-7x7x5a"), {}),
+    "mpe": (THREE, ("mpe_spread_3ag_paper", "mpe_spread_5ag_paper"), dict(total_timesteps=512_000)),
+    "smax": (THREE, ("smax:2s3z", "smax:5m_vs_6m"), {}),
+    "rware": (THREE, ("rware:tiny-2ag", "rware:tiny-4ag"), {}),
 }
 TUNED = {}  # (suite, algo) -> options over the preset's, as its tuning has found them
 TUNING = {  # suite -> task, learning rates (the preset's among them), another ent_coef, delta, lam for each
@@ -33,7 +33,12 @@ TUNING = {  # suite -> task, learning rates (the preset's among them), another e
     "smax": ("smax:2s3z", (5e-4, 1e-3, 2e-3), 0.001, 1.3, 4.0),
     "rware": ("rware:tiny-2ag", (5e-4, 1e-3, 2e-3), 0.03, 2.0, 8.0),
 }
-OTHERS = (*MPE2, *FORAGING, REMEMBER, *(task for _, tasks in PAPER.values() for task in tasks if ":" in task))
+OTHERS = (
+    *MPE2,
+    FORAGING,
+    REMEMBER,
+    *(task for _, tasks, _ in PAPER.values() for task in tasks if ":" in task),
+)
 RANDOM = dict.fromkeys(OTHERS, 512) | dict.fromkeys(LONG, 32)  # episodes of random play
 
 
@@ -46,9 +51,12 @@ def grid(seeds, **options):
 
 def paper(suite):
     """Every method on the tasks of a suite, seed by seed: a sweep that is stopped halfway is balanced."""
-    seeds, tasks = PAPER[suite]
+    seeds, tasks, options = PAPER[suite]
     runs = itertools.product(seeds, tasks, ALGOS)
-    return [dict(env=env, algo=algo, **TUNED.get((suite, algo), {}), seed=seed) for seed, env, algo in runs]
+    return [
+        dict(env=env, algo=algo, **options, **TUNED.get((suite, algo), {}), seed=seed)
+        for seed, env, algo in runs
+    ]
 
 
 def tuning(seeds):
@@ -68,29 +76,23 @@ def tuning(seeds):
 
 
 EXPERIMENTS = {
-    "mpe_spread": grid(FIVE, env="mpe_spread", algo=ALGOS),
-    "coordsum": grid(FIVE, env="coordsum_3x10", algo=ALGOS),
+    "mpe_spread": grid(THREE, env="mpe_spread", algo=ALGOS),
     "sum10": grid(FIVE, env="matrix_sum10", algo=ALGOS),
     "matrix": grid(FIVE, env=MATRIX, algo=("magpo", "mappo")),
     "delta_matrix": grid(FIVE, env=("matrix_climbing", "matrix_sum10"), delta=DELTAS),
-    "delta_coordsum": grid(FIVE, env="coordsum_3x10", delta=DELTAS, total_timesteps=240_000),
+    "delta_coordsum": grid(THREE, env="coordsum_3x10", delta=DELTAS, total_timesteps=240_000),
     "delta_lambda": grid(THREE, env="matrix_sum10", delta=(*DELTAS[:4], math.inf), lam=(0.0, 0.5, 2.0, 8.0)),
     "backtracking": grid(THREE, env="coordsum_3x10", backtracking=("soft", "reset"), total_timesteps=240_000)
-    + grid(THREE, env="mpe_spread", backtracking=("soft", "reset"), total_timesteps=832_000),
-    "others": grid(THREE, env=MPE2, total_timesteps=120_000)
-    + grid(THREE, env=FORAGING, algo=("magpo", "mappo"), total_timesteps=480_000),
-    "continuous": grid(
-        THREE, env="mpe_spread_continuous", algo=("magpo", "mappo"), total_timesteps=1_024_000
-    ),
-    "memory": grid(THREE, env=REMEMBER, recurrent=(False, True), total_timesteps=40_000)
-    + grid(THREE, env="mpe_spread_partial", recurrent=(False, True), total_timesteps=1_024_000),
-    "gamma": grid(THREE, env="coordsum_3x10", algo=("magpo", "mappo"), gamma=0.9),
-    "team": grid(
-        THREE,
-        env=("mpe_spread", "mpe_spread_5ag", "mpe_spread_10ag"),
-        algo=("magpo", "mappo"),
-        total_timesteps=1_024_000,
-    ),
+    + grid((1, 2), env="mpe_spread", backtracking=("soft", "reset"), total_timesteps=512_000),
+    "others": grid(THREE, env=FORAGING, algo=("magpo", "mappo"), total_timesteps=480_000)
+    + grid(THREE, env=MPE2, total_timesteps=120_000),
+    "memory": grid(THREE, env=REMEMBER, recurrent=(False, True), total_timesteps=40_000),
+    "long": [  # more steps of what the presets end too early
+        dict(env=env, algo=algo, **TUNED.get(("coordsum", algo), {}), total_timesteps=steps, seed=seed)
+        for seed in THREE
+        for env, steps in (("coordsum_3x10_official", 1_000_000), ("coordsum_8x15", 640_000))
+        for algo in ("magpo", "mappo")
+    ],
     "tuning": tuning((11, 12)),
     **{f"paper_{suite}": paper(suite) for suite in PAPER},
     "paper_20m": grid(  # the paper's budget, on a GPU

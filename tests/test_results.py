@@ -102,7 +102,7 @@ def test_every_picture_is_drawn(here):
     for path in (ROOT / "results").glob("*.csv"):
         shutil.copy(path, here)
     draw.draw()
-    names = {"mpe_spread", "coordsum", "sum10", "delta", "delta_lambda", "clip"}
+    names = {"mpe_spread", "sum10", "delta", "delta_lambda", "clip"}
     names |= {f"paper_{suite}" for suite in experiments.PAPER if make.read(f"paper_{suite}")}
     assert {path.stem for path in here.glob("*.png")} == names
     assert names | {"growth"} == {path.stem for path in (ROOT / "results").glob("*.png")}
@@ -141,7 +141,7 @@ def a_curve(returns, seed=1, final=math.nan, won=math.nan, machine="here", **opt
 
 
 def test_the_papers_runs_are_in_step_when_stopped():
-    for suite, (seeds, tasks) in experiments.PAPER.items():
+    for suite, (seeds, tasks, _) in experiments.PAPER.items():
         runs = make.EXPERIMENTS[f"paper_{suite}"]
         assert runs == experiments.paper(suite) and len(runs) == 3 * len(seeds) * len(tasks)
         counts = dict.fromkeys(itertools.product(tasks, make.ALGOS), 0)
