@@ -24,7 +24,7 @@ PAPER = {  # the paper's tasks, by suite: seeds, ids, and options if not the pre
     "smax": (THREE, ("smax:2s3z", "smax:5m_vs_6m"), {}),
     "rware": (THREE, ("rware:tiny-2ag", "rware:tiny-4ag"), {}),
 }
-TUNED = {}  # (suite, algo) -> options over the preset's, as its tuning has found them
+TUNED = {("coordsum", "mappo"): dict(learning_rate=6e-3)}  # (suite, algo) -> options over the preset's, as its tuning has found them
 TUNING = {  # suite -> task, learning rates (the preset's among them), another ent_coef, delta, lam for each
     "coordsum": ("coordsum_8x15", (1e-3, 2e-3, 4e-3), 0.03, 1.5, 8.0),
     "lbf": ("lbf:8x8-2p-2f-coop", (1e-3, 2e-3, 4e-3), 0.01, 2.0, 4.0),
