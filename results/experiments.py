@@ -24,15 +24,8 @@ PAPER = {  # the paper's tasks, by suite: seeds, ids, and options if not the pre
     "smax": (THREE, ("smax:2s3z", "smax:5m_vs_6m"), {}),
     "rware": (THREE, ("rware:tiny-2ag", "rware:tiny-4ag"), {}),
 }
-TUNED = {("coordsum", "mappo"): dict(learning_rate=6e-3)}  # (suite, algo) -> options over the preset's, as its tuning has found them
-TUNING = {  # suite -> task, learning rates (the preset's among them), another ent_coef, delta, lam for each
-    "coordsum": ("coordsum_8x15", (1e-3, 2e-3, 4e-3), 0.03, 1.5, 8.0),
-    "lbf": ("lbf:8x8-2p-2f-coop", (1e-3, 2e-3, 4e-3), 0.01, 2.0, 4.0),
-    "connector": ("connector:con-5x5x3a", (5e-4, 1e-3, 2e-3), 0.001, 2.0, 4.0),
-    "mpe": ("mpe_spread_3ag_paper", (1.5e-3, 3e-3, 4.5e-3), 0.001, 1.5, 1.0),
-    "smax": ("smax:2s3z", (5e-4, 1e-3, 2e-3), 0.001, 1.3, 4.0),
-    "rware": ("rware:tiny-2ag", (5e-4, 1e-3, 2e-3), 0.03, 2.0, 8.0),
-}
+# (suite, algo) -> options over the preset's, which were chosen on magpo; guider_tries.csv has the tries
+TUNED = {("coordsum", "mappo"): dict(learning_rate=6e-3)}
 OTHERS = (
     *MPE2,
     FORAGING,
@@ -59,22 +52,6 @@ def paper(suite):
     ]
 
 
-def tuning(seeds):
-    """As many tries for every method, six a suite, on seeds that are not reported.
-
-    magpo has two options more: it tries one change at a time, the others each rate with each entropy bonus.
-    """
-    runs = []
-    for seed, (env, rates, entropy, delta, lam) in itertools.product(seeds, TUNING.values()):
-        tries = [dict(learning_rate=rate) for rate in rates]
-        pairs = [*tries, *(options | dict(ent_coef=entropy) for options in tries)]
-        changes = [*tries, dict(ent_coef=entropy), dict(delta=delta), dict(lam=lam)]
-        for algo in ALGOS:
-            for options in changes if algo == "magpo" else pairs:
-                runs.append(dict(env=env, algo=algo, **options, seed=seed))
-    return runs
-
-
 EXPERIMENTS = {
     "mpe_spread": grid(THREE, env="mpe_spread", algo=ALGOS),
     "sum10": grid(FIVE, env="matrix_sum10", algo=ALGOS),
@@ -93,7 +70,6 @@ EXPERIMENTS = {
         for env, steps in (("coordsum_3x10_official", 1_000_000), ("coordsum_8x15", 640_000))
         for algo in ("magpo", "mappo")
     ],
-    "tuning": tuning((11, 12)),
     **{f"paper_{suite}": paper(suite) for suite in PAPER},
     "paper_20m": grid(  # the paper's budget, on a GPU
         (1,),

@@ -226,18 +226,11 @@ def random_score(env):
 
 
 def print_runs(name, last):
-    """A row for all seeds of a command, the tuning's from best to worst on each task."""
+    """A row for all seeds of a command."""
     print_heads(f"`sweep {name}`", "random", "learners", "each seed", "guider", "steps", "CPU-seconds")
     groups = {}
     for row in last:
         groups.setdefault(experiment(row), []).append(row)
-    if name == "tuning":
-        tasks = list(dict.fromkeys(row["env"] for row in last))
-
-        def rank(runs):
-            return tasks.index(runs[0]["env"]), -np.mean([row["learner_return"] for row in runs])
-
-        groups = dict(sorted(groups.items(), key=lambda group: rank(group[1])))
     for title, runs in groups.items():
         seeds = ", ".join(f"{row['learner_return']:.2f}" for row in runs)
         guider, cpu = (np.mean([row[key] for row in runs]) for key in ("guider_return", "cpu_seconds"))

@@ -18,7 +18,6 @@ from PIL import Image, ImageOps, ImageSequence
 import envs
 import magpo
 from adapters.published import METHODS, ROWS, published
-from options import DEFAULTS, PRESETS
 from results import compare, details, draw, experiments, imitation, make, record, speed, watch
 
 ROOT = Path(__file__).parents[1]
@@ -157,19 +156,6 @@ def test_a_method_is_tuned_apart(monkeypatch):
     assert not any("learning_rate" in run for run in experiments.paper("smax"))
 
 
-def test_every_method_has_as_many_tries():
-    runs = make.EXPERIMENTS["tuning"]
-    tries = Counter((run["env"], run["algo"], run["seed"]) for run in runs)
-    assert len(tries) == 6 * 3 * 2 and set(tries.values()) == {6}
-    assert len(set(map(make.command, runs))) == len(runs)
-    assert not {run["seed"] for run in runs} & {*experiments.THREE, *experiments.FIVE}
-    for suite, (_, rates, entropy, delta, lam) in experiments.TUNING.items():
-        preset = DEFAULTS | PRESETS[suite]
-        assert preset["learning_rate"] in rates
-        assert (entropy, delta, lam) != (preset["ent_coef"], preset["delta"], preset["lam"])
-        assert entropy != preset["ent_coef"] and delta != preset["delta"] and lam != preset["lam"]
-
-
 def test_runs_side_by_side_and_failures(here, monkeypatch, capsys):
     """Two at once: the first two wait for each other. The rows are all of every run that did not fail."""
     runs = experiments.grid((1, 2, 3, 4), env="matrix_xor")
@@ -252,20 +238,6 @@ def test_tables_of_the_paper_stand_beside_the_published(here, monkeypatch, capsy
     assert easy.startswith("| `smax:2s3z` | 0.215 +- 0.0069 |  |  | **2.00** [2.00, 2.00], 100% won |")
     assert easy.endswith("| 2 | 1.99 | 2 | 100 % won |") and "20 M steps" in note
     assert machines.endswith("runs: 3 of here, 1 of there.")
-
-
-def test_the_tuning_is_sorted_within_a_task(here, capsys):
-    runs = [
-        run for run in make.EXPERIMENTS["tuning"] if run["env"] in ("coordsum_8x15", "mpe_spread_3ag_paper")
-    ]
-    scores = iter(np.random.default_rng(0).permutation(len(runs)) / 1.0)
-    for run in runs:
-        make.append("tuning", a_curve((0.0,), final=next(scores), **run))
-    make.tables("tuning")
-    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if "--env" in line]
-    means = [float(row[2].split("**")[1]) for row in rows]
-    assert ["coordsum" in row[0] for row in rows] == [True] * 18 + [False] * 18
-    assert all(part == sorted(part, reverse=True) for part in (means[:18], means[18:]))
 
 
 def test_the_papers_pictures_have_a_column_a_task(here, monkeypatch):
