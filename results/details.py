@@ -18,10 +18,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import magpo
 from results import make
 
-SEEDS, STEPS = (
-    (1, 2, 3),
-    512_000,
-)  # a quarter of the preset's budget, the learning rate falling to zero within it
+SEEDS = 1, 2
+STEPS = 512_000  # a quarter of the preset's budget, the learning rate falling to zero within it
 BASE = {name: getattr(magpo, name) for name in ("linear", "compute_gae", "estimate_advantages", "Guider")}
 
 
@@ -74,6 +72,13 @@ def no_own_policy(*args):
     return guider
 
 
+def shared_trunk(*args):
+    """A guider whose own policy reads the features of critic and attention."""
+    guider = BASE["Guider"](*args)
+    guider.own.obs_encoder = guider.obs_encoder
+    return guider
+
+
 MINIBATCH = [
     (magpo, "guider_loss", per_minibatch(magpo.guider_loss, 3)),
     (magpo, "learner_loss", per_minibatch(magpo.learner_loss, 2)),
@@ -89,13 +94,14 @@ DETAILS = {  # what is changed: (owner, name, replacement) of each replaced part
     "no LayerNorm": ([(nn, "LayerNorm", nn.Identity)], {}),
     "action embeddings of deviation 1": ([(magpo, "Guider", loud_actions)], {}),
     "guider without a policy of its own": ([(magpo, "Guider", no_own_policy)], {}),
+    "own policy shares the critic's features": ([(magpo, "Guider", shared_trunk)], {}),
     "attention of width 64": ([], dict(embed_dim=64)),
+    "features twice as wide": ([], dict(hidden_dim=128)),
     "no annealing": ([], dict(anneal_lr=False)),
     "no entropy bonus": ([], dict(ent_coef=0.0)),
     "lambda 0": ([], dict(lam=0.0)),
     "half as many minibatches": ([], dict(num_minibatches=8)),
     "one epoch": ([], dict(update_epochs=1)),
-    "two threads": ([], dict(torch_threads=2)),
 }
 
 
