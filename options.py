@@ -32,7 +32,7 @@ SUITE = dict(learning_rate=2e-3, gamma=0.99, num_minibatches=8, update_epochs=4,
 PRESETS = {  # by the environment's family, the first word of its name
     "mpe": dict(total_timesteps=2_048_000, num_envs=256, update_epochs=2, learning_rate=4.5e-3, delta=1.3,
                 lam=3.0),
-    "coordsum": dict(total_timesteps=320_000, learning_rate=4e-3, gamma=0.0, ent_coef=0.005, delta=1.3),
+    "coordsum": dict(total_timesteps=320_000, learning_rate=4e-3, gamma=0.0, delta=1.3, lam=2.0),
     "matrix": dict(total_timesteps=40_960, num_steps=8, num_minibatches=2, update_epochs=4, ent_coef=0.05,
                    learning_rate=4e-3, gamma=0.0, max_grad_norm=0.5, delta=1.3, hidden_dim=32),
     "pettingzoo": dict(num_envs=32, num_minibatches=4, learning_rate=1e-3, eval_every=25, eval_episodes=256),
