@@ -30,8 +30,11 @@ import torch
 import torch.nn as nn
 from torch.distributions import Categorical, Distribution, Independent, Normal, kl_divergence
 
-from options import apply_preset, command_line, make_envs
-from run import Checkpoint, Run, affordable, average_gradients, gather, progress, seeded
+from checkpoint import Checkpoint
+from machine import average_gradients, gather, seeded
+from options import affordable, apply_preset, make_envs
+from run import Run
+from terminal import command_line, print_table, progress
 
 Distribution.set_default_validate_args(False)  # the checks would make a GPU wait at every call
 
@@ -547,7 +550,7 @@ def train(args, stop=()):
     run.save(envs, memory)
     envs.close()
     if run.leads and not stop:
-        print_table(args, guider, learner, stop)
+        print_table(args, guider, learner, evaluate, stop)
     return run.close()
 
 
@@ -591,23 +594,6 @@ def evaluate(args, guider, learner, policy, episodes, seed, stop=()):
     return torch.cat(returns)
 
 
-def print_table(args, guider, learner, stop=()):
-    """Print mean team return and 95 % interval of learners and guider, beside the references."""
-    envs = make_envs(args, 1)
-    episodes = affordable(args, args.eval_episodes, args.total_timesteps // 3, envs)  # for each policy
-    print(f"{args.env}, {args.algo}, seed {args.seed}: mean team return per episode")
-    for policy in ("learner", "learner_greedy", "guider")[: 2 if args.algo == "mappo" else 3]:
-        returns = evaluate(args, guider, learner, policy, episodes, args.seed + 2, stop)
-        if stop:
-            break
-        interval = f"+- {1.96 * returns.std() / math.sqrt(len(returns)):.2f}" if len(returns) > 1 else ""
-        won = "" if envs.win_return is None else f", {(returns > envs.win_return).float().mean():.0%} won"
-        print(f"  {policy:22s} {returns.mean():9.2f} {interval} ({len(returns)} episodes{won})")
-    for name, score in envs.references.items():
-        print(f"  {f'({name})':22s} {score:9.2f}")
-    envs.close()
-
-
 def load(path, **changes):
     """Read a run's folder or checkpoint -> Args, Guider, Learner, on the CPU.
 
@@ -623,4 +609,4 @@ def load(path, **changes):
 
 
 if __name__ == "__main__":
-    command_line(Args, train, load, print_table)
+    command_line(Args, train, load, evaluate)
