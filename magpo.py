@@ -250,9 +250,8 @@ class Guider(nn.Module):
         self.encoder = Block(embed_dim)
         self.value_head = nn.Linear(embed_dim, 1)
         self.no_action = nn.Parameter(0.02 * torch.randn(1, embed_dim))  # what the first agent sees
-        self.action_token = (
-            nn.Linear(action_dim, embed_dim) if continuous else nn.Embedding(action_dim, embed_dim)
-        )
+        action_token = nn.Linear if continuous else nn.Embedding
+        self.action_token = action_token(action_dim, embed_dim)
         nn.init.normal_(self.action_token.weight, std=0.1)  # small beside what is known of the observations
         self.decoder = Block(embed_dim)
         self.correction_head = linear(embed_dim, self.own.policy_head.out_features, 0.1)
@@ -395,11 +394,10 @@ def backtrack(guider, learner):
 # --- Training -----------------------------------------------------------------------------------------------
 def build(args, envs):
     """Untrained Guider and Learner for an environment."""
-    num_agents, obs_dim = envs.single_observation_space.shape
     space = envs.single_action_space
     continuous = len(space.shape) == 2
     action_dim = space.shape[1] if continuous else int(space.nvec[0])
-    sizes = num_agents, obs_dim, action_dim, continuous
+    sizes = *envs.single_observation_space.shape, action_dim, continuous  # N, D, A
     state_dim = envs.state_dim if args.state else 0
     guider = Guider(*sizes, args.embed_dim, args.hidden_dim, args.recurrent, state_dim)
     if args.backtracking == "reset":  # the correction is all that moves mu: it must hear the actions well
@@ -506,20 +504,19 @@ def train(args, stop=()):
                 else:
                     mu, new_values = guider(b["obs"], b["actions"], mask, state, past)
                 log_mu, log_pi = mu.log_prob(b["actions"]), pi.log_prob(b["actions"])  # (., batch, N)
+                log_mu_old, advantages = b["logprobs"], b["advantages"]
 
                 # Step 2, guider update (Eq. 9): pi is a constant
                 kl_mu = kl_divergence(mu, constant(pi))
                 loss_mu, mask_frac, clip_frac = guider_loss(
-                    log_mu, log_pi, b["logprobs"], b["advantages"], kl_mu, args.clip_coef, args.delta
+                    log_mu, log_pi, log_mu_old, advantages, kl_mu, args.clip_coef, args.delta
                 )
                 entropy = mu.entropy().mean()
                 loss_v = 0.5 * (new_values - b["returns"]).square().mean()
 
                 # Step 3, learner update (Eq. 10): mu is a constant
                 kl_pi = kl_divergence(constant(mu), pi)
-                loss_pi = learner_loss(
-                    log_pi, b["logprobs"], b["advantages"], kl_pi, args.clip_coef, args.lam
-                )
+                loss_pi = learner_loss(log_pi, log_mu_old, advantages, kl_pi, args.clip_coef, args.lam)
 
                 optimizer.zero_grad()
                 (loss_mu - args.ent_coef * remaining * entropy + args.vf_coef * loss_v + loss_pi).backward()

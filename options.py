@@ -1,4 +1,4 @@
-"""Options of a run: what a preset fills in, what cannot work, and what files may say.
+"""Options of a run: what a preset fills in, what cannot work, what a file may say, what they come to.
 
 magpo.py's reader need not open it. What the options mean stands there, in Args.
 """
@@ -99,7 +99,7 @@ def validate(args):
     units = args.num_envs // WORLD * (1 if args.recurrent else args.num_steps)
     samples = args.num_envs * args.num_steps
     wrong = {
-        "eval is for the command line: in Python use load and print_table.": args.eval,
+        "eval is for the command line: in Python use load and evaluate.": args.eval,
         "gamma and gae_lambda must lie in [0, 1].": max(args.gamma, args.gae_lambda) > 1,
         f"delta must be above 1, but is {args.delta}: it bounds mu/pi from both sides.": args.delta <= 1,
         f"num_envs must be a multiple of torchrun's processes, {WORLD}.": args.num_envs % WORLD,

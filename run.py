@@ -11,7 +11,6 @@ import shlex
 import sys
 import time
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -60,8 +59,8 @@ class Run:
 
         On a GPU as CUDA graphs: what a call returns is overwritten by the next one.
         """
-        build = partial(self.checkpoint.networks, build) if self.checkpoint else build
-        networks = build(self.args, envs)
+        saved = self.checkpoint
+        networks = saved.networks(build, self.args, envs) if saved else build(self.args, envs)
         for network in networks:
             network.to(self.device)
             if self.args.compile:
