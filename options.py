@@ -169,3 +169,10 @@ def spell(kind, args, names):
             flag = f"--{field.name.replace('_', '-')}"
             words.append(flag if value is True else f"{flag} {shlex.quote(str(value))}")
     return " ".join(words)
+
+
+def to_resume(path, args):
+    """The command line that goes on with the run in a folder."""
+    names = MACHINE | ({"env", "env_kwargs"} if imports(args.env) else set())
+    command = f"python magpo.py --resume {shlex.quote(str(path))}"
+    return f"{command} {spell(type(args), vars(args), names)}".strip()

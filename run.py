@@ -7,7 +7,6 @@ import csv
 import json
 import math
 import os
-import shlex
 import sys
 import time
 from dataclasses import asdict
@@ -19,7 +18,7 @@ from tqdm import tqdm
 
 from checkpoint import Checkpoint, check_like, write
 from machine import RANK, WORLD, gather, generator, lock, own_seed, seed_everything, share, start_device
-from options import MACHINE, imports, resolved, spell, validate
+from options import resolved, to_resume, validate
 
 
 class Run:
@@ -222,10 +221,8 @@ class Run:
         text = f"{self.iteration} of {self.num_iterations} iterations are done"
         if not self.saved:
             return f"{text}; nothing was saved yet."
-        names = MACHINE | ({"env", "env_kwargs"} if imports(self.args.env) else set())
-        command = f"python magpo.py --resume {shlex.quote(str(self.path))}"
-        command = f"{command} {spell(type(self.args), vars(self.args), names)}"
-        return f"{text}; the checkpoint is of iteration {self.saved}. To go on: {command.strip()}"
+        command = to_resume(self.path, self.args)
+        return f"{text}; the checkpoint is of iteration {self.saved}. To go on: {command}"
 
     def close(self):
         """Close the files, and say where they are -> the folder."""

@@ -1,4 +1,4 @@
-"""The terminal: the command line, its signals, and the table of returns.
+"""The terminal: the command line, its signals, the bar of an evaluation and the table of returns.
 
 magpo.py's reader need not open it.
 """
