@@ -30,8 +30,11 @@ import torch
 import torch.nn as nn
 from torch.distributions import Categorical, Distribution, Independent, Normal, kl_divergence
 
-from options import apply_preset, command_line, make_envs
-from run import Checkpoint, Run, affordable, average_gradients, gather, progress, seeded
+from checkpoint import Checkpoint
+from machine import average_gradients, gather, seeded
+from options import affordable, apply_preset, make_envs
+from run import Run
+from terminal import command_line, print_table, progress
 
 Distribution.set_default_validate_args(False)  # the checks would make a GPU wait at every call
 
@@ -247,9 +250,8 @@ class Guider(nn.Module):
         self.encoder = Block(embed_dim)
         self.value_head = nn.Linear(embed_dim, 1)
         self.no_action = nn.Parameter(0.02 * torch.randn(1, embed_dim))  # what the first agent sees
-        self.action_token = (
-            nn.Linear(action_dim, embed_dim) if continuous else nn.Embedding(action_dim, embed_dim)
-        )
+        action_token = nn.Linear if continuous else nn.Embedding
+        self.action_token = action_token(action_dim, embed_dim)
         nn.init.normal_(self.action_token.weight, std=0.1)  # small beside what is known of the observations
         self.decoder = Block(embed_dim)
         self.correction_head = linear(embed_dim, self.own.policy_head.out_features, 0.1)
@@ -392,11 +394,10 @@ def backtrack(guider, learner):
 # --- Training -----------------------------------------------------------------------------------------------
 def build(args, envs):
     """Untrained Guider and Learner for an environment."""
-    num_agents, obs_dim = envs.single_observation_space.shape
     space = envs.single_action_space
     continuous = len(space.shape) == 2
     action_dim = space.shape[1] if continuous else int(space.nvec[0])
-    sizes = num_agents, obs_dim, action_dim, continuous
+    sizes = *envs.single_observation_space.shape, action_dim, continuous  # N, D, A
     state_dim = envs.state_dim if args.state else 0
     guider = Guider(*sizes, args.embed_dim, args.hidden_dim, args.recurrent, state_dim)
     if args.backtracking == "reset":  # the correction is all that moves mu: it must hear the actions well
@@ -503,20 +504,19 @@ def train(args, stop=()):
                 else:
                     mu, new_values = guider(b["obs"], b["actions"], mask, state, past)
                 log_mu, log_pi = mu.log_prob(b["actions"]), pi.log_prob(b["actions"])  # (., batch, N)
+                log_mu_old, advantages = b["logprobs"], b["advantages"]
 
                 # Step 2, guider update (Eq. 9): pi is a constant
                 kl_mu = kl_divergence(mu, constant(pi))
                 loss_mu, mask_frac, clip_frac = guider_loss(
-                    log_mu, log_pi, b["logprobs"], b["advantages"], kl_mu, args.clip_coef, args.delta
+                    log_mu, log_pi, log_mu_old, advantages, kl_mu, args.clip_coef, args.delta
                 )
                 entropy = mu.entropy().mean()
                 loss_v = 0.5 * (new_values - b["returns"]).square().mean()
 
                 # Step 3, learner update (Eq. 10): mu is a constant
                 kl_pi = kl_divergence(constant(mu), pi)
-                loss_pi = learner_loss(
-                    log_pi, b["logprobs"], b["advantages"], kl_pi, args.clip_coef, args.lam
-                )
+                loss_pi = learner_loss(log_pi, log_mu_old, advantages, kl_pi, args.clip_coef, args.lam)
 
                 optimizer.zero_grad()
                 (loss_mu - args.ent_coef * remaining * entropy + args.vf_coef * loss_v + loss_pi).backward()
@@ -547,7 +547,7 @@ def train(args, stop=()):
     run.save(envs, memory)
     envs.close()
     if run.leads and not stop:
-        print_table(args, guider, learner, stop)
+        print_table(args, guider, learner, evaluate, stop)
     return run.close()
 
 
@@ -591,23 +591,6 @@ def evaluate(args, guider, learner, policy, episodes, seed, stop=()):
     return torch.cat(returns)
 
 
-def print_table(args, guider, learner, stop=()):
-    """Print mean team return and 95 % interval of learners and guider, beside the references."""
-    envs = make_envs(args, 1)
-    episodes = affordable(args, args.eval_episodes, args.total_timesteps // 3, envs)  # for each policy
-    print(f"{args.env}, {args.algo}, seed {args.seed}: mean team return per episode")
-    for policy in ("learner", "learner_greedy", "guider")[: 2 if args.algo == "mappo" else 3]:
-        returns = evaluate(args, guider, learner, policy, episodes, args.seed + 2, stop)
-        if stop:
-            break
-        interval = f"+- {1.96 * returns.std() / math.sqrt(len(returns)):.2f}" if len(returns) > 1 else ""
-        won = "" if envs.win_return is None else f", {(returns > envs.win_return).float().mean():.0%} won"
-        print(f"  {policy:22s} {returns.mean():9.2f} {interval} ({len(returns)} episodes{won})")
-    for name, score in envs.references.items():
-        print(f"  {f'({name})':22s} {score:9.2f}")
-    envs.close()
-
-
 def load(path, **changes):
     """Read a run's folder or checkpoint -> Args, Guider, Learner, on the CPU.
 
@@ -623,4 +606,4 @@ def load(path, **changes):
 
 
 if __name__ == "__main__":
-    command_line(Args, train, load, print_table)
+    command_line(Args, train, load, evaluate)

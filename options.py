@@ -1,26 +1,20 @@
-"""Options of a run: what a preset fills in, what cannot work, and the command line.
+"""Options of a run: what a preset fills in, what cannot work, what a file may say, what they come to.
 
 magpo.py's reader need not open it. What the options mean stands there, in Args.
 """
 
-import argparse
-import inspect
 import json
 import math
 import os
 import re
 import reprlib
-import signal
-import sys
-import traceback
+import shlex
+import textwrap
 import typing
-from dataclasses import fields
+from dataclasses import asdict, fields
 
-import torch
-
-from envs import ELSEWHERE, ENVS, EnvFailure, make
-
-WORLD = int(os.environ.get("WORLD_SIZE", 1))  # torchrun's number of processes
+from envs import make
+from machine import WORLD
 
 DEFAULTS = dict(
     total_timesteps=1_000_000, num_envs=128, num_steps=25, learning_rate=3e-3, gamma=0.95, gae_lambda=0.9,
@@ -52,7 +46,6 @@ BESIDE = {  # all that may be given together with these
     "resume": MACHINE | {"env", "env_kwargs"},
     "eval": {"env", "env_kwargs", "seed", "num_envs", "num_workers", "eval_episodes", "torch_threads"},
 }
-runs = []  # the Run that is going on, so that a failure can say what is saved
 
 
 def apply_preset(args):
@@ -106,7 +99,7 @@ def validate(args):
     units = args.num_envs // WORLD * (1 if args.recurrent else args.num_steps)
     samples = args.num_envs * args.num_steps
     wrong = {
-        "eval is for the command line: in Python use load and print_table.": args.eval,
+        "eval is for the command line: in Python use load and evaluate.": args.eval,
         "gamma and gae_lambda must lie in [0, 1].": max(args.gamma, args.gae_lambda) > 1,
         f"delta must be above 1, but is {args.delta}: it bounds mu/pi from both sides.": args.delta <= 1,
         f"num_envs must be a multiple of torchrun's processes, {WORLD}.": args.num_envs % WORLD,
@@ -144,111 +137,42 @@ def make_envs(args, num_envs, device="cpu"):
     return make(args.env, num_envs, device, num_envs if args.num_workers else 0, args.state, **kwargs)
 
 
-# --- The command line ---------------------------------------------------------------------------------------
+def affordable(args, episodes, steps, envs):
+    """As many episodes, at most, as cost a tenth of so many steps of training; at least one.
 
-
-def number(text):
-    """A whole number, also one that is written as 1e6."""
-    try:
-        return int(text)
-    except ValueError:
-        if float(text) % 1 == 0:
-            return int(float(text))
-        raise
-
-
-def parse(options):
-    """sys.argv -> dict of the options of the dataclass magpo.Args that were given. Its comments are the help.
-
-    Raises ValueError for what is no option or no value, and ends the process after --help.
+    A multiple of num_envs if they are more, since every copy plays equally many.
     """
-    parser = argparse.ArgumentParser(
-        usage="python magpo.py [--OPTION VALUE ...]", description=options.__doc__,
-        epilog=f"Environments: {', '.join(ENVS)}, {ELSEWHERE}. *: or what the environment's preset says.",
-        argument_default=argparse.SUPPRESS, add_help=False, allow_abbrev=False,
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=80),
-    )  # fmt: skip
-    parser.error = refuse
-    hints = typing.get_type_hints(options)
-    for line in inspect.getsource(options).splitlines():
-        if title := re.fullmatch(r"    # (.+)", line):
-            group = parser.add_argument_group(title[1])
-        elif option := re.fullmatch(r"    (\w+): .+ = (.+?)  # (.+)", line):
-            name, default, text = option.groups()
-            default = f"{DEFAULTS[name]}*" if default == "None" else default.strip('"')
-            kind, *more = typing.get_args(hints[name]) or (hints[name],)
-            how = dict(type=number if kind is int else kind, metavar=getattr(kind, "__name__", "").upper())
-            if isinstance(kind, str):
-                how = dict(choices=(kind, *more))
-            if kind is bool:
-                how = dict(action=argparse.BooleanOptionalAction)
-            text = f"{text} [{default}]" if default else text
-            group.add_argument(f"--{name.replace('_', '-')}", help=text.replace("%", "%%"), **how)
-    group.add_argument("--help", "-h", action="store_true", help="show this and exit")
-    given = vars(parser.parse_args())
-    if "help" in given:
-        print(parser.format_help(), flush=True)
-        sys.exit()
-    for name in BESIDE:
-        if not given.get(name, True):
-            raise ValueError(f"--{name} needs the folder of a run.")
-    check_together(given.keys())
-    return given
+    most = max(1, min(episodes, steps // (10 * envs.max_episode_steps)))
+    return most - most % min(most, args.num_envs)
 
 
-def command_line(options, train, load, print_table):
-    """Train or evaluate as sys.argv says, and end the process.
-
-    Exit codes: 2 for wrong input, 1 for what fails later, 128 + its number for a signal that ended it early.
-    """
-    stop = catch_signals()
-    try:
-        given = parse(options)
-        if "eval" in given:
-            args, guider, learner = load(given.pop("eval"), **given)
-            torch.set_num_threads(args.torch_threads)
-            print_table(args, guider, learner, stop)
-        else:
-            args = options(**given)
-            args.given = set(given)
-            train(args, stop)
-        sys.stdout.flush()
-    except Exception as error:
-        if isinstance(error, BrokenPipeError) and not runs:  # of --help | head
-            sys.exit()
-        if isinstance(error, ValueError) and not runs:
-            refuse(error)
-        foreseen = isinstance(error, (EnvFailure, FloatingPointError, OSError))
-        sentence = str(error) if foreseen else f"{type(error).__name__}: {error}"
-        say(f"{sentence.rstrip('.')}.", *(run.what_is_saved() for run in runs))
-        cause = error.__cause__ if foreseen else error  # the environment's own exception, or a bug of ours
-        if cause:
-            traceback.print_exception(cause)
-        sys.exit(1)
-    sys.exit(128 + stop[0] if stop else 0)
+def resolved(args):
+    """All options, those that were given first: a few lines of text."""
+    given, rest = [], []
+    for name, value in asdict(args).items():
+        if value != "":
+            (given if name in args.given else rest).append(f"{name} {value}")
+    return textwrap.fill(f"Given: {', '.join(given)}. By preset or default: {', '.join(rest)}.", 110)
 
 
-def say(*sentences):
-    """Print in one line, to stderr."""
-    print("magpo.py:", *" ".join(sentences).split(), file=sys.stderr)
+def imports(env):
+    """Whether an environment is a module that its name tells to import."""
+    return str(env).startswith(("pettingzoo:", "gym:"))
 
 
-def refuse(message):
-    """End with one sentence and exit code 2."""
-    say(str(message))
-    sys.exit(2)
+def spell(kind, args, names):
+    """Those of a dict of options with these names that are no defaults, for the command line."""
+    words = []
+    for field in fields(kind):
+        value = args[field.name] if field.name in names else field.default
+        if value != field.default:
+            flag = f"--{field.name.replace('_', '-')}"
+            words.append(flag if value is True else f"{flag} {shlex.quote(str(value))}")
+    return " ".join(words)
 
 
-def catch_signals():
-    """A list that will hold the number of the first Ctrl-C or SIGTERM; a second one ends the process."""
-    caught, numbers = [], (signal.SIGINT, signal.SIGTERM)
-
-    def catch(number, _):
-        caught.append(number)
-        for number in numbers:
-            signal.signal(number, signal.SIG_DFL)
-        os.write(2, b"\nStopping, an iteration after it is finished and saved. Once more to end at once.\n")
-
-    for number in numbers:
-        signal.signal(number, catch)
-    return caught
+def to_resume(path, args):
+    """The command line that goes on with the run in a folder."""
+    names = MACHINE | ({"env", "env_kwargs"} if imports(args.env) else set())
+    command = f"python magpo.py --resume {shlex.quote(str(path))}"
+    return f"{command} {spell(type(args), vars(args), names)}".strip()

@@ -98,11 +98,11 @@ def train(**options):
     """
     final = {}
 
-    def play_all(args, guider, learner, stop=()):
+    def play_all(args, guider, learner, evaluate, stop=()):
         copies = magpo.make_envs(args, 1)
         copies.close()
         for policy in ("learner", "learner_greedy", "guider")[: 2 if args.algo == "mappo" else 3]:
-            returns = magpo.evaluate(args, guider, learner, policy, args.eval_episodes, args.seed + 2)
+            returns = evaluate(args, guider, learner, policy, args.eval_episodes, args.seed + 2)
             final[policy] = returns.mean().item()
             if policy == "learner":
                 won = math.nan if copies.win_return is None else returns > copies.win_return

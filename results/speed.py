@@ -37,7 +37,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import envs
 import magpo
-import options
+import terminal
 from results import compare, make
 
 SIZES = (3, 5, 10, 20, 50, 100)
@@ -250,7 +250,7 @@ def gpu():
         print("speed.py: gpu needs a GPU that PyTorch can use; there is none here.", file=sys.stderr)
         sys.exit(2)
     sys.argv[1:] = sys.argv[2:]
-    given = dict(cuda=True, num_envs=4096, total_timesteps=20_000_000) | options.parse(magpo.Args)
+    given = dict(cuda=True, num_envs=4096, total_timesteps=20_000_000) | terminal.parse(magpo.Args)
     args = magpo.Args(**given)
     size = args.num_envs * args.num_steps
     rows = [row for row in train(evaluates=True, **given)]

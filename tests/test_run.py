@@ -1,4 +1,4 @@
-"""run.py and options.py: command line, folders, checkpoints, resume, stops, failures, processes."""
+"""What surrounds a run: command line, folders, checkpoints, resume, stops, failures, processes."""
 
 import csv
 import io
@@ -23,10 +23,13 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import checkpoint
 import envs
+import machine
 import magpo
 import options
 import run
+import terminal
 from adapters import python_envs
 
 HERE = Path(__file__).parent.parent
@@ -93,9 +96,9 @@ def main(monkeypatch, capsys):
     def call(*words):
         handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
         monkeypatch.setattr(sys, "argv", ["magpo.py", *map(str, words)])
-        options.runs.clear()
+        run.Run.current = None
         with pytest.raises(SystemExit) as stop:
-            options.command_line(magpo.Args, magpo.train, magpo.load, magpo.print_table)
+            terminal.command_line(magpo.Args, magpo.train, magpo.load, magpo.evaluate)
         signal.signal(signal.SIGINT, handlers[0])
         signal.signal(signal.SIGTERM, handlers[1])
         return stop.value.code or 0, *capsys.readouterr()
@@ -329,7 +332,7 @@ def test_g_one_sample_has_nothing_to_average(tmp_path, capsys, recwarn):
 )
 def test_a_an_evaluation_costs_a_tenth_of_training(episodes, steps, longest, copies, expected):
     args, env = types.SimpleNamespace(num_envs=copies), types.SimpleNamespace(max_episode_steps=longest)
-    assert run.affordable(args, episodes, steps, env) == expected
+    assert options.affordable(args, episodes, steps, env) == expected
 
 
 def test_a_an_environment_that_never_ends(main, clumsy, monkeypatch):
@@ -353,7 +356,7 @@ def test_a_a_stop_ends_an_evaluation_and_the_table(trained, capsys):
             return super().forward(*inputs)
 
     learner.__class__ = Policy
-    magpo.print_table(args, guider, learner, stop)
+    magpo.print_table(args, guider, learner, magpo.evaluate, stop)
     assert len(evaluations) == 3 and "episodes" not in capsys.readouterr().out.split("\n", 1)[1]
 
 
@@ -361,15 +364,15 @@ def test_b_an_evaluation_puts_all_random_numbers_back():
     def draw():
         return random.random(), np.random.rand(), torch.rand(1).item()
 
-    run.seed_everything(3)
+    machine.seed_everything(3)
     expected = [draw(), draw()]
-    run.seed_everything(3)
+    machine.seed_everything(3)
     got = [draw()]
-    with pytest.raises(KeyError), run.seeded(8, torch.device("cpu")):
+    with pytest.raises(KeyError), machine.seeded(8, torch.device("cpu")):
         inside = draw()
         raise KeyError
     assert got + [draw()] == expected and inside not in expected
-    with run.seeded(8, torch.device("cpu")):
+    with machine.seeded(8, torch.device("cpu")):
         assert draw() == inside
 
 
@@ -430,7 +433,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_last_bit(changes, tmp_pat
         f"python magpo.py --resume {part}\n" in printed
     )
     assert len(rows(part)) == 2
-    run.seed_everything(99)  # what else draws random numbers meanwhile does not matter
+    machine.seed_everything(99)  # what else draws random numbers meanwhile does not matter
     assert magpo.train(magpo.Args(resume=str(part / "checkpoint.pt"))) == part
     assert rows(part) == rows(whole)
     ours, theirs = (torch.load(path / "checkpoint.pt", weights_only=True) for path in (part, whole))
@@ -705,7 +708,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch, main):
     assert (
         code == 1 and "iteration 3: learner_loss is not finite; likely cause: a learning_rate too high" in err
     )
-    saved = run.Checkpoint(next(tmp_path.glob("*")))
+    saved = checkpoint.Checkpoint(next(tmp_path.glob("*")))
     assert saved.iteration == 2 and "2 of 3 iterations are done; the checkpoint is of iteration 2" in err
 
 
@@ -724,7 +727,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_it(tmp_path, monkeypatch, main
         r"magpo.py: .*No space left .*3 of 3 iterations are done; the checkpoint is of iteration 2.*\n$",
         err,
     )
-    assert run.Checkpoint(next(tmp_path.glob("*"))).iteration == 2
+    assert checkpoint.Checkpoint(next(tmp_path.glob("*"))).iteration == 2
 
 
 @pytest.mark.parametrize("bug", [KeyError, ValueError, ZeroDivisionError])
@@ -767,7 +770,7 @@ def test_a_signal_ends_the_run_after_its_iteration(number, tmp_path):
         and "Stopping, an iteration" in err
     )
     assert f"To go on: python magpo.py --resume {folder.relative_to(tmp_path)}\n" in out
-    assert run.Checkpoint(folder).iteration == len(rows(folder))
+    assert checkpoint.Checkpoint(folder).iteration == len(rows(folder))
 
 
 @pytest.mark.slow
@@ -780,7 +783,7 @@ def test_fifty_kills_leave_a_checkpoint_that_loads(tmp_path, monkeypatch):
         process.start()
         process.join(rng.uniform(0, 2))
         process.kill(), process.join()
-        iterations.append(run.Checkpoint(folder).iteration)
+        iterations.append(checkpoint.Checkpoint(folder).iteration)
         assert len(rows(folder)) - iterations[-1] <= 1
     assert iterations == sorted(iterations) and iterations[-1] > 5
 
@@ -815,13 +818,13 @@ def test_k_two_processes_on_one_run(clumsy, main, monkeypatch):
 
 
 def test_k_a_checkpoint_that_changed_since_it_was_read(trained, monkeypatch):
-    read = run.Checkpoint.__init__
+    read = checkpoint.Checkpoint.__init__
 
     def and_then_it_changes(self, path):
         read(self, path)
         self.changed -= 1
 
-    monkeypatch.setattr(run.Checkpoint, "__init__", and_then_it_changes)
+    monkeypatch.setattr(checkpoint.Checkpoint, "__init__", and_then_it_changes)
     with pytest.raises(ValueError, match="in use by another process"):
         magpo.train(magpo.Args(resume=str(trained)))
 
@@ -835,9 +838,9 @@ def threads_left():
     print("threads:", names, file=sys.stderr)
 atexit.register(threads_left)  # first in, last out
 import torch, magpo, run
-from options import WORLD
+from machine import RANK, WORLD
 folder, mode, saved, stop = sys.argv[1], sys.argv[2], {}, []
-build, RANK = magpo.build, run.RANK
+build = magpo.build
 magpo.build = lambda *x: saved.setdefault("nets", build(*x))
 options = dict(env="mpe_spread", num_envs=8, num_steps=5, num_minibatches=4, total_timesteps=120)
 options |= dict(eval_episodes=8, runs_dir=folder)
@@ -920,6 +923,7 @@ def test_b_ranks_have_random_numbers_of_their_own(monkeypatch, tmp_path):
     drawn = set()
     for rank in range(3):
         monkeypatch.setattr(run, "RANK", rank)
+        monkeypatch.setattr(machine, "RANK", rank)
         monkeypatch.setattr(sys, "stdout", sys.stdout)
         a_run = run.Run(args := magpo.Args(env="mpe_spread", num_envs=16, runs_dir=str(tmp_path)))
         env = magpo.make_envs(args, 16)

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import envs
 import magpo
+import terminal
 from test_magpo import assert_close, networks, randn
 
 torch.set_num_threads(1)
@@ -303,6 +304,7 @@ def chaos(monkeypatch, tmp_path):
 
     def train(**options):
         monkeypatch.setattr(magpo, "make_envs", Chaos)
+        monkeypatch.setattr(terminal, "make_envs", Chaos)
         monkeypatch.setattr(magpo, "build", build)
         for name in ("compute_gae", "guider_loss", "learner_loss"):
             spy(name)
@@ -484,6 +486,7 @@ def test_logged_returns_are_of_the_updated_learners(tmp_path):
 def untrained(monkeypatch, **options):
     """Args and networks on Chaos; nearly deterministic, so that a replay tells what was played."""
     monkeypatch.setattr(magpo, "make_envs", Chaos)
+    monkeypatch.setattr(terminal, "make_envs", Chaos)
     args = magpo.Args(num_envs=4, state=True, embed_dim=16, hidden_dim=16, **options)
     torch.manual_seed(0)
     guider, learner = magpo.build(args, Chaos)
@@ -562,7 +565,7 @@ def test_the_table_shows_what_was_played(monkeypatch, capsys):
     args, *nets = untrained(monkeypatch, eval_episodes=8, total_timesteps=10**6)
     monkeypatch.setattr(Chaos, "win_return", 1.0)
     monkeypatch.setattr(Chaos, "references", {"random": -1.25})
-    magpo.print_table(args, *nets)
+    magpo.print_table(args, *nets, magpo.evaluate)
     first, *lines, last = capsys.readouterr().out.strip().split("\n")
     assert first.startswith("mpe_spread, magpo, seed 1:") and last.split() == ["(random)", "-1.25"]
     for policy, line in zip(("learner", "learner_greedy", "guider"), lines, strict=True):
@@ -570,10 +573,10 @@ def test_the_table_shows_what_was_played(monkeypatch, capsys):
         shown = f"{x.mean():.2f} +- {1.96 * x.std() / math.sqrt(8):.2f} (8 episodes"
         assert line.split()[0] == policy and shown in line and f"{(x > 1).float().mean():.0%} won" in line
     args.algo = "mappo"
-    magpo.print_table(args, *nets)
+    magpo.print_table(args, *nets, magpo.evaluate)
     assert "guider " not in capsys.readouterr().out  # it has no policy
     played = len(Chaos.made)
-    magpo.print_table(args, *nets, [2])
+    magpo.print_table(args, *nets, magpo.evaluate, [2])
     assert not any(made.log for made in Chaos.made[played:])  # nobody plays on after Ctrl-C
     assert "episodes" not in capsys.readouterr().out  # and no line says so
 
