@@ -30,11 +30,11 @@ import torch
 import torch.nn as nn
 from torch.distributions import Categorical, Distribution, Independent, Normal, kl_divergence
 
-from checkpoint import Checkpoint
-from machine import average_gradients, gather, seeded
-from options import affordable, apply_preset, make_envs
-from run import Run
-from terminal import command_line, print_table, progress
+from run.checkpoint import Checkpoint
+from run.folder import Run
+from run.machine import average_gradients, gather, seeded
+from run.options import affordable, apply_preset, make_envs
+from run.terminal import command_line, print_table, progress
 
 Distribution.set_default_validate_args(False)  # the checks would make a GPU wait at every call
 
@@ -438,7 +438,7 @@ def train(args, stop=()):
     stop: a list, filled by Ctrl-C. Once something is in it, training ends after the iteration.
     Raises ValueError (options), FloatingPointError (numbers), EnvFailure (environment) and OSError (files).
     """
-    run = Run(args)  # its folder, checkpoints, processes, device and seed: see run.py
+    run = Run(args)  # its folder, checkpoints, processes, device and seed: see run/
     args, device = run.args, run.device
     envs = make_envs(args, run.num_envs, device)
     guider, learner = run.networks(build, envs)

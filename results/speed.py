@@ -37,8 +37,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import envs
 import magpo
-import terminal
 from results import compare, make
+from run import terminal
 
 SIZES = (3, 5, 10, 20, 50, 100)
 SCORES = (0.60, 0.90)

@@ -23,14 +23,11 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import checkpoint
 import envs
-import machine
 import magpo
-import options
-import run
-import terminal
 from adapters import python_envs
+from run import checkpoint, machine, options, terminal
+from run.folder import Run
 
 HERE = Path(__file__).parent.parent
 torch.set_num_threads(1)
@@ -96,7 +93,7 @@ def main(monkeypatch, capsys):
     def call(*words):
         handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
         monkeypatch.setattr(sys, "argv", ["magpo.py", *map(str, words)])
-        run.Run.current = None
+        Run.current = None
         with pytest.raises(SystemExit) as stop:
             terminal.command_line(magpo.Args, magpo.train, magpo.load, magpo.evaluate)
         signal.signal(signal.SIGINT, handlers[0])
@@ -128,7 +125,7 @@ def train(folder, stop=(), **changes):
 
 def train_until(iteration, folder, monkeypatch, **changes):
     """A training that is stopped after an iteration -> its folder."""
-    stop, log = [], run.Run.log
+    stop, log = [], Run.log
 
     def counted(self, at, row):
         log(self, at, row)
@@ -136,7 +133,7 @@ def train_until(iteration, folder, monkeypatch, **changes):
             stop.append(signal.SIGINT)
 
     with monkeypatch.context() as patch:
-        patch.setattr(run.Run, "log", counted)
+        patch.setattr(Run, "log", counted)
         return train(folder, stop, **changes)
 
 
@@ -837,16 +834,17 @@ def threads_left():
     names = [open(name).read().strip() for name in glob.glob("/proc/self/task/*/comm")]
     print("threads:", names, file=sys.stderr)
 atexit.register(threads_left)  # first in, last out
-import torch, magpo, run
-from machine import RANK, WORLD
+import torch, magpo
+from run.folder import Run
+from run.machine import RANK, WORLD
 folder, mode, saved, stop = sys.argv[1], sys.argv[2], {}, []
 build = magpo.build
 magpo.build = lambda *x: saved.setdefault("nets", build(*x))
 options = dict(env="mpe_spread", num_envs=8, num_steps=5, num_minibatches=4, total_timesteps=120)
 options |= dict(eval_episodes=8, runs_dir=folder)
 if mode == "stop" and RANK == 1:
-    mean = run.Run.mean
-    run.Run.mean = lambda self, at, *x: stop.extend([2] * (at == 2)) or mean(self, at, *x)
+    mean = Run.mean
+    Run.mean = lambda self, at, *x: stop.extend([2] * (at == 2)) or mean(self, at, *x)
 if mode == "first_step":  # the same data in one process as in two: copies, actions and their order fixed
     options |= dict(num_minibatches=1, update_epochs=1, total_timesteps=40, max_grad_norm=1e9)
     make = magpo.make_envs
@@ -922,10 +920,10 @@ def test_b_ranks_have_random_numbers_of_their_own(monkeypatch, tmp_path):
     """PyTorch's generator heeds 32 bits of a seed only: ranks are told apart by their first numbers."""
     drawn = set()
     for rank in range(3):
-        monkeypatch.setattr(run, "RANK", rank)
+        monkeypatch.setattr("run.folder.RANK", rank)
         monkeypatch.setattr(machine, "RANK", rank)
         monkeypatch.setattr(sys, "stdout", sys.stdout)
-        a_run = run.Run(args := magpo.Args(env="mpe_spread", num_envs=16, runs_dir=str(tmp_path)))
+        a_run = Run(args := magpo.Args(env="mpe_spread", num_envs=16, runs_dir=str(tmp_path)))
         env = magpo.make_envs(args, 16)
         networks = a_run.networks(magpo.build, env)
         drawn.add(("the same", *networks[1].policy_head.weight[0, :3].tolist()))

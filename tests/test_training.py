@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import envs
 import magpo
-import terminal
+from run import terminal
 from test_magpo import assert_close, networks, randn
 
 torch.set_num_threads(1)

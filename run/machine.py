@@ -1,6 +1,6 @@
 """The machine under a run: device, locks, torchrun's processes, random numbers.
 
-magpo.py's reader need not open it. Of torchrun's processes, rank 0 alone writes and prints.
+Of torchrun's processes, rank 0 alone writes and prints.
 """
 
 import atexit

@@ -1,7 +1,4 @@
-"""What surrounds a run: its folder with metrics and checkpoints, and where it stands.
-
-magpo.py's reader need not open it.
-"""
+"""What surrounds a run: its folder with metrics and checkpoints, and where it stands."""
 
 import csv
 import json
@@ -16,9 +13,9 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from checkpoint import Checkpoint, check_like, write
-from machine import RANK, WORLD, gather, generator, lock, own_seed, seed_everything, share, start_device
-from options import resolved, to_resume, validate
+from run.checkpoint import Checkpoint, check_like, write
+from run.machine import RANK, WORLD, gather, generator, lock, own_seed, seed_everything, share, start_device
+from run.options import resolved, to_resume, validate
 
 
 class Run:

@@ -1,7 +1,4 @@
-"""The terminal: the command line, its signals, the bar of an evaluation and the table of returns.
-
-magpo.py's reader need not open it.
-"""
+"""The terminal: the command line, its signals, the bar of an evaluation and the table of returns."""
 
 import argparse
 import inspect
@@ -17,8 +14,8 @@ import torch
 from tqdm import tqdm
 
 from envs import ELSEWHERE, ENVS, EnvFailure
-from options import BESIDE, DEFAULTS, affordable, check_together, make_envs
-from run import Run
+from run.folder import Run
+from run.options import BESIDE, DEFAULTS, affordable, check_together, make_envs
 
 
 def number(text):

@@ -1,6 +1,6 @@
 """A run's checkpoint.pt: written whole or not at all, and read as if a stranger had made it.
 
-magpo.py's reader need not open it. To read one runs no code of the file's, builds no network before the file
+To read one runs no code of the file's, builds no network before the file
 fits it, and lets the file say neither what is imported or written nor what the machine does.
 """
 
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from options import BESIDE, NOT_FROM_FILES, imports, spell
+from run.options import BESIDE, NOT_FROM_FILES, imports, spell
 
 VERSION = 2  # of checkpoints
 CLOCKS = {"seconds", "cpu_seconds"}  # columns that a resumed run goes on from

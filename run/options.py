@@ -1,6 +1,6 @@
 """Options of a run: what a preset fills in, what cannot work, what a file may say, what they come to.
 
-magpo.py's reader need not open it. What the options mean stands there, in Args.
+What the options mean stands there, in Args.
 """
 
 import json
@@ -14,7 +14,7 @@ import typing
 from dataclasses import asdict, fields
 
 from envs import make
-from machine import WORLD
+from run.machine import WORLD
 
 DEFAULTS = dict(
     total_timesteps=1_000_000, num_envs=128, num_steps=25, learning_rate=3e-3, gamma=0.95, gae_lambda=0.9,
