@@ -1,7 +1,7 @@
 """A run's checkpoint.pt: written whole or not at all, and read as if a stranger had made it.
 
-To read one runs no code of the file's, builds no network before the file
-fits it, and lets the file say neither what is imported or written nor what the machine does.
+To read one runs no code of the file's, and builds no network before the file fits it. The file says neither
+what is imported or written, nor what the machine does.
 """
 
 import contextlib

@@ -1,6 +1,6 @@
 """Options of a run: what a preset fills in, what cannot work, what a file may say, what they come to.
 
-What the options mean stands there, in Args.
+What the options mean stands in magpo.Args.
 """
 
 import json
