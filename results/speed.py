@@ -1,12 +1,13 @@
 """Speed: every figure on it. CPU-seconds, as the machine may be busy, and one thread of PyTorch.
 
     python results/speed.py throughput   steps per CPU-second: mpe2 and SimpleSpread at random, training
+    python results/speed.py suites       the same of the paper's suites, and what compiling them costs; needs JAX
     python results/speed.py profile      where the CPU time of training goes
     python results/speed.py growth       acting and updating per agent-step for N = 3 to 100 agents; memory
     python results/speed.py quality      CPU-seconds to the scores 0.60 and 0.90, read from mpe_spread.csv
     python results/speed.py gpu [...]    on a GPU: 4,096 copies, 20 M steps, or magpo.py's options
 
-The first three and gpu write a CSV of that name beside this file; growth also draws growth.png.
+All but quality write a CSV of that name beside this file (suites: suite_speed.csv); growth also draws growth.png.
 """
 
 import contextlib
@@ -119,6 +120,37 @@ def throughput(rounds=5):
         for what, x in rates.items()
     ]
     write("throughput", rows)
+
+
+# --- The paper's suites -------------------------------------------------------------------------------------
+
+SMALLEST = ("lbf:8x8-2p-2f-coop", "rware:tiny-2ag", "connector:con-5x5x3a", "smax:2s3z")
+
+
+def suites(tasks=SMALLEST, copies=(64, 256), steps=100, iterations=3):
+    """Of each task: steps of E copies (random allowed actions) and of training per CPU-second; compiling.
+
+    compile: CPU-seconds of the first reset and the first step of E copies. The time in which actions are
+    drawn does not count. training: the preset, without evaluations and without the first iteration.
+    """
+    rows = []
+    for task in tasks:
+        row = dict(task=task)
+        for E in copies:
+            env, spent_in_steps = envs.make(task, E), 0.0
+            begin = time.process_time()
+            _, infos = env.reset(seed=1)
+            for i in range(steps + 1):
+                actions = magpo.Categorical(infos["action_mask"].float()).sample()
+                begin = time.process_time() if i else begin
+                *_, infos = env.step(actions)
+                if i == 0:
+                    row[f"compile_{E}"] = time.process_time() - begin
+                else:
+                    spent_in_steps += time.process_time() - begin
+            row[f"steps_{E}"] = steps * E / spent_in_steps
+        rows.append(row | dict(training=training_rate(iterations, env=task)))
+    write("suite_speed", rows)
 
 
 # --- Where the time goes ------------------------------------------------------------------------------------
@@ -272,7 +304,9 @@ def gpu():
 
 
 if __name__ == "__main__":
-    commands = dict(throughput=throughput, profile=profile, growth=growth, quality=quality, gpu=gpu)
+    commands = dict(
+        throughput=throughput, suites=suites, profile=profile, growth=growth, quality=quality, gpu=gpu
+    )
     name = sys.argv[1] if sys.argv[1:] else ""
     if name not in commands or (name != "gpu" and len(sys.argv) > 2):
         sys.exit(__doc__)

@@ -524,6 +524,15 @@ def test_rates_are_rates():
 
 
 @pytest.mark.slow
+def test_suites_are_timed(here, monkeypatch):
+    pytest.importorskip("jumanji", reason="Jumanji is missing: pip install -r requirements-jax.txt")
+    monkeypatch.setattr(speed, "training_rate", lambda *_, env: 7)
+    speed.suites(("lbf:8x8-2p-2f-coop",), copies=(2,), steps=20)
+    (row,) = read(here, "suite_speed")
+    assert row["training"] == "7" and float(row["compile_2"]) > 100 * 2 / float(row["steps_2"])
+
+
+@pytest.mark.slow
 def test_profile_adds_up(here, capsys):
     speed.profile(4, **TINY)
     *parts, whole = read(here, "profile")
