@@ -1,13 +1,14 @@
 """Speed: every figure on it. CPU-seconds, as the machine may be busy, and one thread of PyTorch.
 
     python results/speed.py throughput   steps per CPU-second: mpe2 and SimpleSpread at random, training
-    python results/speed.py suites       the same of the paper's suites, and what compiling them costs; needs JAX
+    python results/speed.py suites       the same of four of the paper's tasks, and the cost of compiling them
     python results/speed.py profile      where the CPU time of training goes
     python results/speed.py growth       acting and updating per agent-step for N = 3 to 100 agents; memory
     python results/speed.py quality      CPU-seconds to the scores 0.60 and 0.90, read from mpe_spread.csv
     python results/speed.py gpu [...]    on a GPU: 4,096 copies, 20 M steps, or magpo.py's options
 
-All but quality write a CSV of that name beside this file (suites: suite_speed.csv); growth also draws growth.png.
+All but quality write a CSV of that name (suites: suite_speed.csv) beside this file; growth also draws
+growth.png.
 """
 
 import contextlib
@@ -127,28 +128,33 @@ def throughput(rounds=5):
 SMALLEST = ("lbf:8x8-2p-2f-coop", "rware:tiny-2ag", "connector:con-5x5x3a", "smax:2s3z")
 
 
-def suites(tasks=SMALLEST, copies=(64, 256), steps=100, iterations=3):
-    """Of each task: steps of E copies (random allowed actions) and of training per CPU-second; compiling.
+def play(env, infos, steps):
+    """Random allowed actions -> the last infos, CPU-seconds in the environment alone."""
+    seconds = 0.0
+    for _ in range(steps):
+        actions = magpo.Categorical(infos["action_mask"].float()).sample()
+        begin = time.process_time()
+        *_, infos = env.step(actions)
+        seconds += time.process_time() - begin
+    return infos, seconds
 
-    compile: CPU-seconds of the first reset and the first step of E copies. The time in which actions are
-    drawn does not count. training: the preset, without evaluations and without the first iteration.
+
+def suites(tasks=SMALLEST, copies=(64, 256), steps=100, iterations=3):
+    """Steps per CPU-second of E copies, and of training by the preset; CPU-seconds to compile E copies.
+
+    These are the first reset's and the first step's.
     """
     rows = []
     for task in tasks:
         row = dict(task=task)
         for E in copies:
-            env, spent_in_steps = envs.make(task, E), 0.0
+            env = envs.make(task, E)
             begin = time.process_time()
             _, infos = env.reset(seed=1)
-            for i in range(steps + 1):
-                actions = magpo.Categorical(infos["action_mask"].float()).sample()
-                begin = time.process_time() if i else begin
-                *_, infos = env.step(actions)
-                if i == 0:
-                    row[f"compile_{E}"] = time.process_time() - begin
-                else:
-                    spent_in_steps += time.process_time() - begin
-            row[f"steps_{E}"] = steps * E / spent_in_steps
+            reset = time.process_time() - begin
+            infos, first = play(env, infos, 1)
+            _, seconds = play(env, infos, steps)
+            row |= {f"compile_{E}": reset + first, f"steps_{E}": steps * E / seconds}
         rows.append(row | dict(training=training_rate(iterations, env=task)))
     write("suite_speed", rows)
 
@@ -304,9 +310,7 @@ def gpu():
 
 
 if __name__ == "__main__":
-    commands = dict(
-        throughput=throughput, suites=suites, profile=profile, growth=growth, quality=quality, gpu=gpu
-    )
+    commands = {f.__name__: f for f in (throughput, suites, profile, growth, quality, gpu)}
     name = sys.argv[1] if sys.argv[1:] else ""
     if name not in commands or (name != "gpu" and len(sys.argv) > 2):
         sys.exit(__doc__)

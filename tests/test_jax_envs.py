@@ -318,6 +318,7 @@ def test_output_and_imports_stay_the_callers():
 
 SMALL = "--num-envs 8 --num-steps 5 --num-minibatches 2 --eval-episodes 8 --hidden-dim 16"
 MAGPO, CONNECTOR = str(Path(__file__).parents[1] / "magpo.py"), "connector:con-5x5x3a"
+# magpo.py that gets Ctrl-C's signal at the end of iteration 3
 STOPPED = """if True:
     import os, runpy, signal, sys
     sys.path.insert(0, os.path.dirname(sys.argv[1]))
@@ -327,13 +328,14 @@ STOPPED = """if True:
     def log_and_stop(self, iteration, row):
         log(self, iteration, row)
         if iteration == 3:
-            os.kill(os.getpid(), signal.SIGINT)  # as Ctrl-C does
+            os.kill(os.getpid(), signal.SIGINT)
     run.Run.log = log_and_stop
     runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
 def shell(folder, *words):
+    """Run Python in a folder; the last of the words is a command line of its own."""
     words = [sys.executable, *words[:-1], *words[-1].split()]
     return subprocess.run(words, cwd=folder, capture_output=True, text=True)
 
@@ -365,7 +367,7 @@ def test_connector_stopped_and_resumed_is_the_uninterrupted_run(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("env_id", ["lbf:8x8-2p-2f-coop", "rware:tiny-2ag", CONNECTOR, "smax:2s3z"])
 def test_training_gives_no_warning(env_id, tmp_path):
-    """Python's end the run, whoever gives them; others would be read on stderr."""
+    """-W error: Python's warnings end the run, whoever gives them. Others would stand on stderr."""
     ran = shell(tmp_path, "-W", "error", MAGPO, f"--env {env_id} --total-timesteps 80 {SMALL}")
     assert ran.returncode == 0 and "learner_greedy" in ran.stdout, ran.stderr
     assert not re.search("warning|error|deprecated", ran.stderr, re.IGNORECASE), ran.stderr
