@@ -1,12 +1,14 @@
 """Speed: every figure on it. CPU-seconds, as the machine may be busy, and one thread of PyTorch.
 
     python results/speed.py throughput   steps per CPU-second: mpe2 and SimpleSpread at random, training
+    python results/speed.py suites       the same of four of the paper's tasks, and the cost of compiling them
     python results/speed.py profile      where the CPU time of training goes
     python results/speed.py growth       acting and updating per agent-step for N = 3 to 100 agents; memory
     python results/speed.py quality      CPU-seconds to the scores 0.60 and 0.90, read from mpe_spread.csv
     python results/speed.py gpu [...]    on a GPU: 4,096 copies, 20 M steps, or magpo.py's options
 
-The first three and gpu write a CSV of that name beside this file; growth also draws growth.png.
+All but quality write a CSV of that name (suites: suite_speed.csv) beside this file; growth also draws
+growth.png.
 """
 
 import contextlib
@@ -119,6 +121,42 @@ def throughput(rounds=5):
         for what, x in rates.items()
     ]
     write("throughput", rows)
+
+
+# --- The paper's suites -------------------------------------------------------------------------------------
+
+SMALLEST = ("lbf:8x8-2p-2f-coop", "rware:tiny-2ag", "connector:con-5x5x3a", "smax:2s3z")
+
+
+def play(env, infos, steps):
+    """Random allowed actions -> the last infos, CPU-seconds in the environment alone."""
+    seconds = 0.0
+    for _ in range(steps):
+        actions = magpo.Categorical(infos["action_mask"].float()).sample()
+        begin = time.process_time()
+        *_, infos = env.step(actions)
+        seconds += time.process_time() - begin
+    return infos, seconds
+
+
+def suites(tasks=SMALLEST, copies=(64, 256), steps=100, iterations=3):
+    """Steps per CPU-second of E copies, and of training by the preset; CPU-seconds to compile E copies.
+
+    These are the first reset's and the first step's.
+    """
+    rows = []
+    for task in tasks:
+        row = dict(task=task)
+        for E in copies:
+            env = envs.make(task, E)
+            begin = time.process_time()
+            _, infos = env.reset(seed=1)
+            reset = time.process_time() - begin
+            infos, first = play(env, infos, 1)
+            _, seconds = play(env, infos, steps)
+            row |= {f"compile_{E}": reset + first, f"steps_{E}": steps * E / seconds}
+        rows.append(row | dict(training=training_rate(iterations, env=task)))
+    write("suite_speed", rows)
 
 
 # --- Where the time goes ------------------------------------------------------------------------------------
@@ -272,7 +310,7 @@ def gpu():
 
 
 if __name__ == "__main__":
-    commands = dict(throughput=throughput, profile=profile, growth=growth, quality=quality, gpu=gpu)
+    commands = {f.__name__: f for f in (throughput, suites, profile, growth, quality, gpu)}
     name = sys.argv[1] if sys.argv[1:] else ""
     if name not in commands or (name != "gpu" and len(sys.argv) > 2):
         sys.exit(__doc__)

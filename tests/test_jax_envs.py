@@ -1,8 +1,12 @@
 """The paper's suites behind the contract: their rules, worked out again in numpy from the packages' state."""
 
+import csv
 import io
+import re
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -310,6 +314,63 @@ def test_output_and_imports_stay_the_callers():
         [sys.executable, "-W", "error::UserWarning", "-c", code], capture_output=True, text=True
     )
     assert (ran.returncode, ran.stdout, ran.stderr) == (0, "", "")
+
+
+SMALL = "--num-envs 8 --num-steps 5 --num-minibatches 2 --eval-episodes 8 --hidden-dim 16"
+MAGPO, CONNECTOR = str(Path(__file__).parents[1] / "magpo.py"), "connector:con-5x5x3a"
+# magpo.py that gets Ctrl-C's signal at the end of iteration 3
+STOPPED = """if True:
+    import os, runpy, signal, sys
+    sys.path.insert(0, os.path.dirname(sys.argv[1]))
+    sys.argv = sys.argv[1:]
+    import run
+    log = run.Run.log
+    def log_and_stop(self, iteration, row):
+        log(self, iteration, row)
+        if iteration == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+    run.Run.log = log_and_stop
+    runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def shell(folder, *words):
+    """Run Python in a folder; the last of the words is a command line of its own."""
+    words = [sys.executable, *words[:-1], *words[-1].split()]
+    return subprocess.run(words, cwd=folder, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+def test_connector_stopped_and_resumed_is_the_uninterrupted_run(tmp_path):
+    """By the command line, in three processes: all metrics but the clocks, and the networks, bit for bit."""
+    line = f"--env {CONNECTOR} --total-timesteps 280 --eval-every 2 {SMALL}"
+    whole = shell(tmp_path, MAGPO, f"{line} --runs-dir whole")
+    part = shell(tmp_path, "-c", STOPPED, MAGPO, f"{line} --runs-dir part")
+    assert whole.returncode == 0 and part.returncode == 128 + signal.SIGINT, whole.stderr + part.stderr
+    (resume,) = re.findall(
+        r"3 of 7 iterations are done.*To go on: python magpo.py (--resume .*)", part.stdout
+    )
+    assert shell(tmp_path, MAGPO, resume).returncode == 0
+    metrics, networks = [], []
+    for folder in ("whole", "part"):
+        (path,) = tmp_path.glob(f"{folder}/*")
+        with open(path / "metrics.csv") as file:
+            rows = list(csv.DictReader(file))
+        metrics.append([{key: x for key, x in row.items() if "seconds" not in key} for row in rows])
+        checkpoint = torch.load(path / "checkpoint.pt", weights_only=True)
+        networks.append([*checkpoint["guider"].items(), *checkpoint["learner"].items()])
+    assert metrics[0] == metrics[1] and len(metrics[0]) == 7
+    for (name, ours), (same, theirs) in zip(*networks, strict=True):
+        assert name == same and torch.equal(ours, theirs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("env_id", ["lbf:8x8-2p-2f-coop", "rware:tiny-2ag", CONNECTOR, "smax:2s3z"])
+def test_training_gives_no_warning(env_id, tmp_path):
+    """-W error: Python's warnings end the run, whoever gives them. Others would stand on stderr."""
+    ran = shell(tmp_path, "-W", "error", MAGPO, f"--env {env_id} --total-timesteps 80 {SMALL}")
+    assert ran.returncode == 0 and "learner_greedy" in ran.stdout, ran.stderr
+    assert not re.search("warning|error|deprecated", ran.stderr, re.IGNORECASE), ran.stderr
 
 
 def random_returns(env_id, seed, num_envs=128, rounds=4):

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from mpe2 import simple_spread_v3
-from PIL import Image, ImageOps, ImageSequence
+from PIL import Image, ImageColor, ImageOps, ImageSequence
 
 import envs
 import magpo
@@ -383,6 +383,62 @@ def test_watch_films_what_the_learners_do(recurrent, runs, tmp_path):
     assert np.abs(frames[0][watch.LINE :] - first).mean() < 0.5
 
 
+def test_watch_films_foraging(runs, tmp_path):
+    """Two episodes, played once more without a camera: a frame shows what agent 0 sees, the whole field."""
+    pytest.importorskip("jumanji", reason="Jumanji is missing: pip install -r requirements-jax.txt")
+    run = runs("lbf:8x8-2p-2f-coop", env_kwargs='{"time_limit": 40}', num_envs=1)
+    returns = watch.watch(run, path := tmp_path / "film.gif", seed=5, episodes=2)
+    args, guider, learner = magpo.load(run)
+    game, seen = envs.make(args.env, 1, time_limit=40), []
+    reset, step = game.reset, game.step
+
+    def see(obs, actions):  # rows (row, column, level) of two foods, of agent 0 and 1, and who loads
+        seen.append((obs[0, 0].view(4, 3).int().tolist(), (actions[0] == 5).tolist()))
+
+    def seen_reset(**given):
+        obs, infos = reset(**given)
+        see(obs, torch.zeros(1, 2))
+        return obs, infos
+
+    def seen_step(actions):
+        obs, rewards, terminations, truncations, infos = step(actions)
+        see(infos["final_obs"], actions)
+        if terminations | truncations:
+            see(obs, torch.zeros(1, 2))
+        return obs, rewards, terminations, truncations, infos
+
+    game.reset, game.step = seen_reset, seen_step
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(magpo, "make_envs", lambda *_: game)
+        assert returns == magpo.evaluate(args, guider, learner, "learner", 2, 5).tolist()
+    with Image.open(path) as gif:
+        frames = [
+            np.asarray(frame.convert("RGB"), int)[watch.LINE :] for frame in ImageSequence.Iterator(gif)
+        ]
+    assert len(frames) == len(seen) - 1 == 2 * 41 and any(True in loading for _, loading in seen)
+
+    colors = {name: np.array(ImageColor.getrgb(name)) for name in ("white", watch.AGENT, watch.FOOD, "black")}
+    cell, levels = watch.SIZE // 8, {}
+    for frame, (rows, loading) in zip(frames, seen, strict=False):
+        kinds = [watch.FOOD, watch.FOOD, watch.AGENT, watch.AGENT]
+        there = {(row, column): what for (row, column, _), what in zip(rows, kinds, strict=True)}
+        for row, column in np.ndindex(8, 8):
+            pixel = frame[row * cell + cell // 2, column * cell + 9]
+            distances = [np.abs(color - pixel).sum() for color in colors.values()]
+            assert list(colors)[np.argmin(distances)] == there.get((row, column), "white")
+        for (row, column, level), what in zip(rows, kinds, strict=True):
+            if level:
+                inside = frame[row * cell + 11 : row * cell + 25, column * cell + 11 : column * cell + 25]
+                assert levels.setdefault((what, level), inside.tobytes()) == inside.tobytes()
+        for (row, column, _), loads in zip(rows[2:], loading, strict=True):
+            assert (frame[row * cell + cell // 2, column * cell + 5].max() < 60) == loads
+    assert len(levels) > 2 and len(set(levels.values())) == len(levels)
+    states = game._copies[0]
+    states.food_items.eaten = np.ones((1, 2), bool)
+    field = np.asarray(watch.draw_field(states, 8))
+    assert not (field == colors[watch.FOOD]).all(2).any() and (field == colors[watch.AGENT]).all(2).any()
+
+
 @pytest.mark.parametrize("env", ["coordsum_3x10", "matrix_climbing"])
 def test_watch_draws_what_to_expect(env, runs, tmp_path):
     """The number in the picture is the payoff that sampling finds."""
@@ -437,6 +493,15 @@ def read(folder, name):
 def test_rates_are_rates():
     assert 50 < speed.mpe2_rate(100) < 1e6 and speed.spread_rate(3, copies=16) > 50
     assert speed.training_rate(3, **TINY) > 1
+
+
+@pytest.mark.slow
+def test_suites_are_timed(here, monkeypatch):
+    pytest.importorskip("jumanji", reason="Jumanji is missing: pip install -r requirements-jax.txt")
+    monkeypatch.setattr(speed, "training_rate", lambda *_, env: 7)
+    speed.suites(("lbf:8x8-2p-2f-coop",), copies=(2,), steps=20)
+    (row,) = read(here, "suite_speed")
+    assert row["training"] == "7" and float(row["compile_2"]) > 100 * 2 / float(row["steps_2"])
 
 
 @pytest.mark.slow
