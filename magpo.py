@@ -69,6 +69,9 @@ class Args:
     backtracking: Literal["soft", "reset"] = "soft"  # step 4: soft is the bound, reset the theory's mu := pi
     recurrent: bool = False  # give guider and learners a memory, a GRU over time
     embed_dim: int = 32  # width of the guider's and the critic's attention
+    action_std: float | None = (
+        None  # the guider's action embeddings at the start: how loud its own choices are
+    )
     hidden_dim: int | None = None  # H, features of an observation; two layers, twice as wide, stand in front
     # Run
     seed: int = 1  # seed of everything random, environments included
@@ -88,6 +91,8 @@ class Args:
         apply_preset(self)
         if self.algo == "ctds" or self.backtracking == "reset":  # neither baseline nor theory has them
             self.delta = math.inf
+        if self.backtracking == "reset":  # the correction is all that moves mu: it must hear the actions well
+            self.action_std = 1.0
         if self.algo != "magpo" or self.backtracking == "reset":
             self.lam = 0.0
 
@@ -239,7 +244,7 @@ class Guider(nn.Module):
 
     def __init__(
         self, num_agents, obs_dim, action_dim, continuous=False, embed_dim=32, hidden_dim=64,
-        recurrent=False, state_dim=0,
+        recurrent=False, state_dim=0, action_std=0.1,
     ):  # fmt: skip
         super().__init__()
         self.continuous = continuous
@@ -252,7 +257,7 @@ class Guider(nn.Module):
         self.no_action = nn.Parameter(0.02 * torch.randn(1, embed_dim))  # what the first agent sees
         action_token = nn.Linear if continuous else nn.Embedding
         self.action_token = action_token(action_dim, embed_dim)
-        nn.init.normal_(self.action_token.weight, std=0.1)  # small beside what is known of the observations
+        nn.init.normal_(self.action_token.weight, std=action_std)
         self.decoder = Block(embed_dim)
         self.correction_head = linear(embed_dim, self.own.policy_head.out_features, 0.1)
 
@@ -399,9 +404,8 @@ def build(args, envs):
     action_dim = space.shape[1] if continuous else int(space.nvec[0])
     sizes = *envs.single_observation_space.shape, action_dim, continuous  # N, D, A
     state_dim = envs.state_dim if args.state else 0
-    guider = Guider(*sizes, args.embed_dim, args.hidden_dim, args.recurrent, state_dim)
-    if args.backtracking == "reset":  # the correction is all that moves mu: it must hear the actions well
-        nn.init.normal_(guider.action_token.weight)
+    more = args.hidden_dim, args.recurrent
+    guider = Guider(*sizes, args.embed_dim, *more, state_dim, args.action_std)
     return guider, Learner(*sizes, args.hidden_dim, args.recurrent)
 
 

@@ -16,7 +16,7 @@ import torch
 
 from run.options import BESIDE, NOT_FROM_FILES, imports, spell
 
-VERSION = 2  # of checkpoints
+VERSION = 3  # of checkpoints
 CLOCKS = {"seconds", "cpu_seconds"}  # columns that a resumed run goes on from
 
 

@@ -46,9 +46,9 @@ RUNS = [  # bug, options, what is read off a run, and how
     ),
     (
         "2",
-        "--env mpe_spread --num-envs 32 --num-minibatches 4 --total-timesteps 40000",
-        "late explained_variance",
-        late("explained_variance"),
+        "--env mpe_spread --num-envs 64 --num-minibatches 8 --total-timesteps 96000",
+        "late guider_return",
+        late("guider_return"),
     ),
     (
         "3",
