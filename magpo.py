@@ -18,8 +18,8 @@ Each iteration of train() takes the paper's four steps. Steps 2 and 3 take turns
 
 mu/pi, the KL and the entropy are those of one agent, given the actions before its own.
 
-Shapes: T steps, E environments, N agents, D features of an observation, S of a global state, A actions of an
-agent, H features of an observation, C width of the attention. "..." stands for any leading dimensions.
+Shapes: T steps, E environments, N agents, D numbers of an observation, S of a global state, A actions of an
+agent, H features made of it, C width of the attention. "..." stands for any leading dimensions.
 """
 
 import math
@@ -312,7 +312,7 @@ class ValueNorm(nn.Module):
         self.moments.lerp_(new, 1 - self.decay)
 
     def stats(self):
-        """Mean and deviation. Both are about 0 before the first update, so that no value counts in it.
+        """Mean and deviation. Both are about 0 before the first update: an untrained critic does not count.
 
         The least deviation is relative to the returns: to scale all rewards changes nothing.
         """
@@ -388,7 +388,7 @@ def learner_loss(log_pi, log_mu_old, advantages, kl, clip_coef, lam):
 def backtrack(guider, learner):
     """Step 4 to the letter, mu := pi: the guider's own policy becomes the learners', its correction zero.
 
-    Until the next time the correction alone moves mu.
+    `own` is then frozen: until the next time the correction alone moves mu.
     """
     guider.own.load_state_dict(learner.state_dict())
     guider.own.requires_grad_(False)

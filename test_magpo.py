@@ -321,6 +321,7 @@ def test_exercise_5_backtracking_makes_the_guider_the_learner_to_the_last_bit(co
     actions = torch.rand(20, 4, 5, dtype=torch.float64) if continuous else torch.randint(5, (20, 4))
     mu, pi = guider(obs, actions)[0], learner(obs)
     assert torch.equal(mu.log_prob(actions), pi.log_prob(actions)) and torch.equal(mu.mode, pi.mode)
+    assert not any(p.requires_grad for p in guider.own.parameters()), "the correction alone goes on"
     assert not {id(p) for p in guider.parameters()} & {id(p) for p in learner.parameters()}, (
         "a copy, not shared"
     )
