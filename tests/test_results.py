@@ -101,7 +101,7 @@ def test_every_picture_is_drawn(here):
     for path in (ROOT / "results").glob("*.csv"):
         shutil.copy(path, here)
     draw.draw()
-    names = {"mpe_spread", "sum10", "delta", "delta_lambda", "clip"}
+    names = {"mpe_spread", "sum10", "delta", "clip"}
     names |= {f"paper_{suite}" for suite in experiments.PAPER if make.read(f"paper_{suite}")}
     assert {path.stem for path in here.glob("*.png")} == names
     assert names | {"growth"} == {path.stem for path in (ROOT / "results").glob("*.png")}
