@@ -248,9 +248,12 @@ def print_paper(name, last):
         cells, cpu, seeds = [], [], []
         for algo in ALGOS:
             runs = [row for row in last if (row["env"], row["algo"]) == (env, algo)]
-            won = np.mean([row["won"] for row in runs]) if runs else math.nan
+            won, guider = (
+                np.mean([row[key] for row in runs] or math.nan) for key in ("won", "guider_return")
+            )
             cell = estimate([row["learner_return"] for row in runs]) if runs else ""
-            cells.append(cell if np.isnan(won) else f"{cell}, {won:.0%} won")
+            cell += "" if np.isnan(won) else f", {won:.0%} won"
+            cells.append(cell if np.isnan(guider) else f"{cell}, guider {guider:.2f}")
             cpu.append(f"{np.mean([row['cpu_seconds'] for row in runs]):.0f}" if runs else "")
             seeds.append(f"{len(runs)}")
         steps = " / ".join(

@@ -212,7 +212,7 @@ def test_the_symptoms_told_are_those_measured():
 
 def test_the_push_table_is_eq_9():
     rows = re.findall(r"^\| ([+-]1) \| (.*) \|$", PROSE["TUTORIAL.md"], re.M)
-    assert len(rows) == 5
+    assert len(rows) == 6
     for advantage, cells in rows:
         mu, pi, r, gap, objective, m, push = map(float, cells.split(" | ")[:7])
         log_mu = torch.tensor(mu).log().requires_grad_()

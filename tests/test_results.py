@@ -233,9 +233,10 @@ def test_tables_of_the_paper_stand_beside_the_published(here, monkeypatch, capsy
     main(monkeypatch, make, "tables", "paper_*")
     heads, _, hard, easy, _, note, _, machines = capsys.readouterr().out.strip().splitlines()
     assert heads.count("published") == 4 and heads.endswith("MAGPO, published |")
-    first = "**1.50** [1.00, 2.00], 75% won | **1.25** [1.25, 1.25], 25% won |  | 2 / 1 / 0 | 0.00 M"
+    first = "**1.50** [1.00, 2.00], 75% won, guider 1.50 | **1.25** [1.25, 1.25], 25% won, guider 1.25 |"
+    first += "  | 2 / 1 / 0 | 0.00 M"
     assert hard == f"| `smax:5m_vs_6m` |  | {first} | 20 / 20 /  | 1.05 | 1.6 | 1.47 |  |"
-    assert easy.startswith("| `smax:2s3z` | 0.215 +- 0.0069 |  |  | **2.00** [2.00, 2.00], 100% won |")
+    assert easy.startswith("| `smax:2s3z` | 0.215 +- 0.0069 |  |  | **2.00** [2.00, 2.00], 100% won")
     assert easy.endswith("| 2 | 1.99 | 2 | 100 % won |") and "20 M steps" in note
     assert machines.endswith("runs: 3 of here, 1 of there.")
 
