@@ -69,9 +69,7 @@ class Args:
     backtracking: Literal["soft", "reset"] = "soft"  # step 4: soft is the bound, reset the theory's mu := pi
     recurrent: bool = False  # give guider and learners a memory, a GRU over time
     embed_dim: int = 32  # width of the guider's and the critic's attention
-    action_std: float | None = (
-        None  # the guider's action embeddings at the start: how loud its own choices are
-    )
+    action_std: float | None = None  # how loud a choice is to the guider at first: std of its embedding
     hidden_dim: int | None = None  # H, features of an observation; two layers, twice as wide, stand in front
     # Run
     seed: int = 1  # seed of everything random, environments included
