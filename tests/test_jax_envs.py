@@ -323,13 +323,13 @@ STOPPED = """if True:
     import os, runpy, signal, sys
     sys.path.insert(0, os.path.dirname(sys.argv[1]))
     sys.argv = sys.argv[1:]
-    import run
-    log = run.Run.log
+    from run.folder import Run
+    log = Run.log
     def log_and_stop(self, iteration, row):
         log(self, iteration, row)
         if iteration == 3:
             os.kill(os.getpid(), signal.SIGINT)
-    run.Run.log = log_and_stop
+    Run.log = log_and_stop
     runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
