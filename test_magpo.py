@@ -380,7 +380,7 @@ TRAINED_GAMES = [
 
 
 def trained(game, seed, tmp_path):
-    """Payoff table of a game, the learners' exact payoff at the start and at the end, their likeliest action."""
+    """Payoff table of a game; the learners' exact payoff at the start and the end; their likeliest action."""
     args = magpo.Args(env=f"matrix_{game}", seed=seed, runs_dir=str(tmp_path), eval_episodes=8, eval_every=99)
     env = envs.make(args.env, 1)
     payoff = env.payoff.double()
