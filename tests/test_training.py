@@ -694,3 +694,15 @@ def test_compiled_training_is_the_plain_one(device, tmp_path):
     for row, other in zip(plain, compiled, strict=True):
         for name in row.keys() - {"guider_return", "learner_return"}:
             assert other[name] == pytest.approx(row[name], rel=1e-2, abs=1e-4), name
+
+
+@pytest.mark.parametrize(
+    "std, options",
+    [(0.1, dict(env="mpe_spread")), (0.3, dict(env="matrix_sum10")), (0.7, dict(action_std=0.7))]
+    + [(1.0, dict(env="matrix_sum10", backtracking="reset"))],
+)
+def test_a_guider_starts_as_loud_as_asked(std, options):
+    args = magpo.Args(**options)
+    torch.manual_seed(0)
+    guider, _ = magpo.build(args, envs.make(args.env, 1))
+    assert guider.action_token.weight.std().item() == pytest.approx(std, rel=0.25)
