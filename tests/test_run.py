@@ -876,7 +876,7 @@ def torchrun(processes, mode, folder):
     (folder / "script.py").write_text(TORCHRUN)
     line = f"-m torch.distributed.run --standalone --nproc-per-node {processes} script.py {folder} {mode}"
     process = shell(line, folder)
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=150)
     assert process.returncode == 0, err
     # A thread of gloo's that outlives the process group may abort its process when the interpreter ends
     assert err.count("threads:") == processes and not re.search("threads:.*gloo", err)
