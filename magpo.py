@@ -70,7 +70,7 @@ class Args:
     recurrent: bool = False  # give guider and learners a memory, a GRU over time
     embed_dim: int = 32  # width of the guider's and the critic's attention
     action_std: float | None = None  # how loud a choice is to the guider at first: std of its embedding
-    hidden_dim: int | None = None  # H, features of an observation; two layers, twice as wide, stand in front
+    hidden_dim: int = 64  # H, features of an observation; two layers, twice as wide, stand in front
     # Run
     seed: int = 1  # seed of everything random, environments included
     cuda: bool = False  # train on the GPU, if there is one

@@ -18,8 +18,8 @@ from run.machine import WORLD
 
 DEFAULTS = dict(
     total_timesteps=1_000_000, num_envs=128, num_steps=25, learning_rate=3e-3, gamma=0.95, gae_lambda=0.9,
-    num_minibatches=16, update_epochs=3, ent_coef=0.01, max_grad_norm=1.0, delta=2.0, lam=1.0, hidden_dim=64,
-    action_std=0.1, eval_every=10, eval_episodes=1024,
+    num_minibatches=16, update_epochs=3, ent_coef=0.01, max_grad_norm=1.0, delta=2.0, lam=1.0, action_std=0.1,
+    eval_every=10, eval_episodes=1024,
 )  # fmt: skip
 SUITE = dict(learning_rate=2e-3, gamma=0.99, num_minibatches=8, update_epochs=4, delta=1.5, lam=2.0,
              eval_episodes=256)  # fmt: skip
@@ -28,8 +28,7 @@ PRESETS = {  # by the environment's family, the first word of its name
                 lam=3.0),
     "coordsum": dict(total_timesteps=320_000, learning_rate=4e-3, gamma=0.0, delta=1.3, lam=2.0),
     "matrix": dict(total_timesteps=40_960, num_steps=8, num_minibatches=2, update_epochs=4, ent_coef=0.05,
-                   learning_rate=4e-3, gamma=0.0, max_grad_norm=0.5, delta=1.3, hidden_dim=32,
-                   action_std=0.3),
+                   learning_rate=4e-3, gamma=0.0, max_grad_norm=0.5, delta=1.3, action_std=0.3),
     "pettingzoo": dict(num_envs=32, num_minibatches=4, learning_rate=1e-3, eval_every=25, eval_episodes=256),
     "gym": dict(num_envs=32, num_steps=50, num_minibatches=8, learning_rate=1e-3, ent_coef=0.05, gamma=0.99,
                 eval_episodes=256, delta=1.3, lam=3.0),
