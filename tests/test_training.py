@@ -689,7 +689,7 @@ def test_the_host_never_waits_in_the_rollout_or_a_minibatch(env, algo, device, t
 @pytest.mark.slow
 @pytest.mark.parametrize("device", DEVICES)
 def test_compiled_training_is_the_plain_one(device, tmp_path, monkeypatch):
-    # No pool of compiling processes: forked from a process with threads (JAX's), it once never came back in CI
+    # No pool of compiling processes: forked beside the threads of JAX, it once never came back
     monkeypatch.setattr("torch._inductor.config.compile_threads", 1)
     options = dict(env="mpe_spread", num_steps=25, total_timesteps=600, cuda=device == "cuda")
     plain, compiled = (train(tmp_path, **options, compile=compile) for compile in (False, True))
