@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 
 ALGOS = ("magpo", "mappo", "ctds")
 DELTAS = (1.05, 1.2, 1.5, 2.0, 4.0, math.inf)
@@ -35,6 +36,14 @@ OTHERS = (
 RANDOM = dict.fromkeys(OTHERS, 512) | dict.fromkeys(LONG, 32)  # episodes of random play
 
 
+LONGER = {"coordsum_3x10_official": 1_000_000, "coordsum_8x15": 640_000, "rware:tiny-2ag": 5_000_000}
+
+
+def family(env):
+    """The first word of an environment's name, as for presets."""
+    return re.split("[_:]", env)[0]
+
+
 def grid(seeds, **options):
     """All combinations of the options' values (a tuple holds several), for every seed -> list of dicts."""
     values = [value if isinstance(value, tuple) else (value,) for value in options.values()]
@@ -65,9 +74,9 @@ EXPERIMENTS = {
     + grid(THREE, env=MPE2, total_timesteps=120_000),
     "memory": grid(THREE, env=REMEMBER, recurrent=(False, True), total_timesteps=40_000),
     "long": [  # more steps of what the presets end too early
-        dict(env=env, algo=algo, **TUNED.get(("coordsum", algo), {}), total_timesteps=steps, seed=seed)
+        dict(env=env, algo=algo, **TUNED.get((family(env), algo), {}), total_timesteps=steps, seed=seed)
         for seed in THREE
-        for env, steps in (("coordsum_3x10_official", 1_000_000), ("coordsum_8x15", 640_000))
+        for env, steps in LONGER.items()
         for algo in ("magpo", "mappo")
     ],
     **{f"paper_{suite}": paper(suite) for suite in PAPER},
