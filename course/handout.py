@@ -3,13 +3,12 @@
     python course/handout.py FOLDER         the tree without the exercises' solutions, in a new folder
     python course/handout.py bug N FOLDER   the tree with its solutions and with bug N of the hunt
 
-The tree is the files that git tracks, as they stand, without git's history. Neither holds the bugs, the
-tests that tell which bug breaks what, or what the documents keep behind a fold.
+The tree is the files that git tracks, as they stand, without git's history. Neither holds the bugs and
+their answers, nor the tests that tell which bug breaks what.
 """
 
 import ast
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -25,8 +24,6 @@ SOLUTIONS = {  # exercise -> the functions whose bodies are its solution
     5: ["backtrack"],
 }
 LEFT_OUT = ("course/bugs/", "tests/test_course.py", "tests/test_documents.py")
-FOLD = re.compile(r"^<details>\n.*?^</details>\n", re.M | re.S)
-FOLDED = ("TUTORIAL.md", "course/COURSE.md")
 
 
 def functions(source):
@@ -68,8 +65,6 @@ def copy_tree(folder):
         if not name.startswith(LEFT_OUT):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, folder / name)
-    for name in FOLDED:
-        (folder / name).write_text(FOLD.sub("", (folder / name).read_text()))
 
 
 def handout(folder, solved=()):
