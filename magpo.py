@@ -9,7 +9,7 @@ A team of N agents shares one reward. Two policies are trained together:
     guider    mu(a|s) = prod_j mu(a^j | s, a^1..a^{j-1})  sees all observations, acts in turn; to train with
     learners  pi(a|o) = prod_i pi(a^i | o^i)              each sees its own observation; to deploy
 
-Each iteration of train() takes the paper's four steps. Steps 2 and 3 take turns, minibatch by minibatch:
+Each iteration of train() takes the paper's four steps. Steps 2 and 3 share each minibatch:
 
     1. data collection      roll out the guider mu
     2. guider update        PPO on mu, held back from leaving 1/delta <= mu/pi <= delta               (Eq. 9)

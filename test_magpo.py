@@ -413,8 +413,8 @@ def test_exercise_learning_climbs(tmp_path):
 
 @pytest.mark.slow
 def test_exercise_learning_reset_finds_sum10(tmp_path):
-    """Two seeds of three, at least, with networks twice as wide as the preset's."""
-    options = dict(backtracking="reset", ent_coef=0.01, hidden_dim=64, eval_episodes=8, eval_every=99)
+    """Two seeds of three, at least."""
+    options = dict(backtracking="reset", ent_coef=0.01, eval_episodes=8, eval_every=99)
     payoff, ends = envs.make("matrix_sum10", 1).payoff.double(), []
     for seed in (1, 2, 3):
         args = magpo.Args(env="matrix_sum10", seed=seed, runs_dir=str(tmp_path), **options)
