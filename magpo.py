@@ -19,7 +19,8 @@ Each iteration of train() takes the paper's four steps. Steps 2 and 3 share each
 mu/pi, the KL and the entropy are those of one agent, given the actions before its own.
 
 Shapes: T steps, E environments, N agents, D numbers of an observation, S of a global state, A actions of an
-agent, H features made of it, C width of the attention. "..." stands for any leading dimensions.
+agent, H features of an observation, C width of the attention. "..." stands for any leading dimensions. In
+the equations A is the advantage, and H the entropy.
 """
 
 import math
@@ -41,7 +42,10 @@ Distribution.set_default_validate_args(False)  # the checks would make a GPU wai
 
 @dataclass(kw_only=True)
 class Args:
-    """Train decentralized learners with an autoregressive guider. None: the environment's preset decides."""
+    """Train decentralized learners with an autoregressive guider. None: the environment's preset decides.
+
+    The comments are the text of --help.
+    """
 
     # Environment
     env: str = "mpe_spread"  # name of an environment, see envs.py
@@ -69,7 +73,7 @@ class Args:
     backtracking: Literal["soft", "reset"] = "soft"  # step 4: soft is the bound, reset the theory's mu := pi
     recurrent: bool = False  # give guider and learners a memory, a GRU over time
     embed_dim: int = 32  # width of the guider's and the critic's attention
-    action_std: float | None = None  # how loud a choice is to the guider at first: std of its embedding
+    action_std: float | None = None  # std of the guider's action embeddings at first
     hidden_dim: int = 64  # H, features of an observation; two layers, twice as wide, stand in front
     # Run
     seed: int = 1  # seed of everything random, environments included
@@ -87,17 +91,17 @@ class Args:
 
     def __post_init__(self):
         apply_preset(self)
-        if self.algo == "ctds" or self.backtracking == "reset":  # neither baseline nor theory has them
-            self.delta = math.inf
-        if self.backtracking == "reset":  # the correction is all that moves mu: it must hear the actions well
-            self.action_std = 1.0
-        if self.algo != "magpo" or self.backtracking == "reset":
+        if self.algo == "mappo":  # Eq. 9 with mu = pi is PPO already
             self.lam = 0.0
+        if self.algo == "ctds" or self.backtracking == "reset":  # baseline and theory: no bound, no RL loss
+            self.delta, self.lam = math.inf, 0.0
+        if self.backtracking == "reset":  # the correction alone moves mu, so it must feel the actions at once
+            self.action_std = 1.0
 
 
 # --- Networks -----------------------------------------------------------------------------------------------
 def linear(inputs, outputs, gain):
-    """Linear layer that starts with orthogonal weights and a bias of zero."""
+    """Orthogonal weights at first, bias zero. Gain 5/3 suits tanh; 0.1 starts a policy nearly uniform."""
     layer = nn.Linear(inputs, outputs)
     nn.init.orthogonal_(layer.weight, gain)
     nn.init.zeros_(layer.bias)
@@ -109,15 +113,16 @@ def distribution(logits, continuous, action_mask=None):
     if not continuous:
         return Categorical(logits=logits if action_mask is None else logits.masked_fill(~action_mask, -1e9))
     # Actions lie in [0, 1]. Softsign bounds mean and deviation, and has a gradient everywhere that leads back
-    mean, log_std = nn.functional.softsign(logits).chunk(2, -1)
-    return Independent(Normal(0.5 + mean, (2.5 * log_std - 1.5).exp()), 1)
+    shift, width = nn.functional.softsign(logits).chunk(2, -1)  # both in (-1, 1)
+    return Independent(Normal(0.5 + shift, (2.5 * width - 1.5).exp()), 1)
 
 
 def sample(policy):
     """As policy.sample(), but a GPU need not wait for its checks -> actions (..., N) or (..., N, A)."""
     if policy.has_rsample:
         return policy.rsample()
-    return (policy.logits - torch.empty_like(policy.logits).exponential_().log()).argmax(-1)  # Gumbel's trick
+    gumbel = -torch.empty_like(policy.logits).exponential_().log()
+    return (policy.logits + gumbel).argmax(-1)
 
 
 def constant(policy):
@@ -128,11 +133,10 @@ def constant(policy):
 
 
 def new_memory(args, envs):
-    """Memory at the start of an episode in all copies: (hidden, starts). Every network takes it as `memory`.
+    """`memory` of every network, at the start of an episode in all copies -> hidden, starts.
 
-    hidden: (E, N, 3, H), states of three GRUs before an observation. The axis of 3 is the `slot`: 0 for the
-        learners, 1 for the guider's own policy, 2 for its attention and critic. Without memory H is 0.
-    starts: (E,) bool, or (T, E) for sequences: where an observation begins an episode, with a state of zero.
+    hidden: (E, N, 3, H), or (E, N, 3, 0) if not recurrent: GRU states, one for each `slot` of an ObsEncoder.
+    starts: (E,) or (T, E) bool, the observations that begin an episode. There the state counts as zero.
     """
     E, N, _ = envs.observation_space.shape
     hidden = torch.zeros(E, N, 3, args.hidden_dim if args.recurrent else 0, device=envs.device)
@@ -140,7 +144,7 @@ def new_memory(args, envs):
 
 
 def remember(guider, learner, obs, memory):
-    """Hidden states (E, N, 3, H) after obs (E, N, D): what the recurrent encoders give as features."""
+    """Hidden states (E, N, 3, H) after obs (E, N, D). Encodes anew, so that no policy need return them."""
     if learner.obs_encoder.gru is None:
         return memory[0]
     encoders = learner.obs_encoder, guider.own.obs_encoder, guider.obs_encoder
@@ -148,9 +152,9 @@ def remember(guider, learner, obs, memory):
 
 
 class ObsEncoder(nn.Module):
-    """Features (..., N, H) of each agent's own observation and id; if recurrent, of its past as well.
+    """Each agent's observation and id, and if recurrent its past -> features.
 
-    Three tanh layers. Row i of agent_id adds what a one-hot id, appended to the observation, would add.
+    slot: its place in memory, 0 for the learners, 1 for the guider's own policy, 2 for attention and critic.
     """
 
     def __init__(self, num_agents, obs_dim, hidden_dim, recurrent=False, slot=0):
@@ -164,14 +168,14 @@ class ObsEncoder(nn.Module):
 
     def forward(self, obs, memory=None):
         """obs (..., N, D), memory before it -> features (..., N, H): if recurrent, the GRU's new state."""
-        x = torch.tanh(self.obs_in(obs) + self.agent_id)
+        x = torch.tanh(self.obs_in(obs) + self.agent_id)  # as if a one-hot id were appended to obs
         x = torch.tanh(self.middle(x))
         x = torch.tanh(self.out(x))
         if self.gru is None:
             return x
         hidden, starts = memory[0][..., self.slot, :], memory[1]
         states = []
-        # obs has the leading dimensions of hidden: one step. Or one more in front: T steps
+        # obs is one step, with the leading dimensions of hidden, or T steps
         for x_t, start in zip(x.view(-1, *hidden.shape), starts.view(-1, *hidden.shape[:-2]), strict=True):
             hidden = hidden * ~start[..., None, None]
             hidden = self.gru(x_t.flatten(0, -2), hidden.flatten(0, -2)).view_as(hidden)
@@ -200,7 +204,7 @@ class Block(nn.Module):
         if past is not None:
             k = torch.cat([past[0], k], -2)  # (..., agents so far, C)
             v = torch.cat([past[1], v], -2)
-        scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])  # (..., N, N)
+        scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])  # (..., N, agents)
         if causal:
             later = torch.ones_like(scores, dtype=torch.bool).triu(1)
             scores = scores.masked_fill(later, -math.inf)
@@ -253,8 +257,8 @@ class Guider(nn.Module):
         self.encoder = Block(embed_dim)
         self.value_head = nn.Linear(embed_dim, 1)
         self.no_action = nn.Parameter(0.02 * torch.randn(1, embed_dim))  # what the first agent sees
-        action_token = nn.Linear if continuous else nn.Embedding
-        self.action_token = action_token(action_dim, embed_dim)
+        token_layer = nn.Linear if continuous else nn.Embedding
+        self.action_token = token_layer(action_dim, embed_dim)
         nn.init.normal_(self.action_token.weight, std=action_std)
         self.decoder = Block(embed_dim)
         self.correction_head = linear(embed_dim, self.own.policy_head.out_features, 0.1)
@@ -301,8 +305,7 @@ class ValueNorm(nn.Module):
     def __init__(self, decay=0.99):
         super().__init__()
         self.decay = decay
-        # Averages of x^0 (corrects the start at 0, as in Adam), x^1 and x^2. float32 would lose the deviation
-        # of returns such as 20,000 +- 1
+        # Averages of x^0 (corrects the start at 0, as in Adam), x^1 and x^2; float32 is too coarse for these
         self.register_buffer("moments", torch.zeros(3, dtype=torch.float64))
 
     def update(self, returns):
@@ -310,25 +313,21 @@ class ValueNorm(nn.Module):
         self.moments.lerp_(new, 1 - self.decay)
 
     def stats(self):
-        """Mean and deviation. Both are about 0 before the first update: an untrained critic does not count.
-
-        The least deviation is relative to the returns: to scale all rewards changes nothing.
-        """
+        """Mean and deviation. Both are about 0 before the first update: an untrained critic counts for 0."""
         mean, square = self.moments[1:] / self.moments[0].clamp(min=1e-8)
-        variance = square - mean.square()
-        return mean, torch.maximum(variance, 1e-12 * square + 1e-30).sqrt()
+        least = 1e-12 * square + 1e-30  # relative to the returns, so that the rewards' unit does not matter
+        return mean, torch.maximum(square - mean.square(), least).sqrt()
 
 
 # --- The equations ------------------------------------------------------------------------------------------
 def compute_gae(rewards, values, next_values, terminations, truncations, gamma, gae_lambda):
-    """Generalized advantage estimation (Schulman et al. 2016) -> advantages (T, E, N), returns (T, E, N).
+    """Generalized advantage estimation (Schulman et al. 2016) -> advantages, returns, both (T, E, N).
 
-    Args:
-        rewards: (T, E, 1), reward of each step.
-        values: (T, E, N), V of the observation that a step started from.
-        next_values: (T, E, N), V of what it led to: at an episode's end of its last observation.
-        terminations: (T, E, 1) bool, the game was over. Nothing is worth anything after it.
-        truncations: (T, E, 1) bool, time ran out. The step bootstraps; the sum over lambda ends here.
+    rewards: (T, E, 1), the team's.
+    values: (T, E, N), V of the observation that a step started from.
+    next_values: (T, E, N), V of what it led to: at an episode's end of its last observation.
+    terminations: (T, E, 1) bool, the game was over. Nothing is worth anything after it.
+    truncations: (T, E, 1) bool, time ran out. The step bootstraps; the sum over lambda ends here.
     """
     td_errors = rewards + gamma * next_values * ~terminations - values
     over = terminations | truncations
@@ -349,11 +348,11 @@ def guider_loss(log_mu, log_pi, log_mu_old, advantages, kl, clip_coef, delta):
 
     The inner clip takes away the push that would carry mu further from pi than delta, unless pi is so far
     from mu_old that the outer clip wins. The masked KL pulls mu back where it is further already. Together
-    they stand for step 4. pi is a constant here.
+    they stand for step 4. pi is a constant: of the KL only mu may have a gradient.
 
     Args, all (1 or T, batch, N) but the last two:
         log_mu, log_pi, log_mu_old: log-probabilities of the action taken.
-        advantages, kl: A and KL(mu || pi), of which only mu may have a gradient.
+        advantages, kl: A and KL(mu || pi).
         clip_coef, delta: eps, and the bound above 1 (inf: none).
     """
     log_pi = log_pi.detach()
@@ -378,15 +377,15 @@ def learner_loss(log_pi, log_mu_old, advantages, kl, clip_coef, lam):
     the KL only pi may have a gradient. Theorem 4.1 needs KL(pi || mu); the paper's practice has this one.
     """
     r_pi = (log_pi - log_mu_old).exp()
-    clipped = r_pi.clamp(1 - clip_coef, 1 + clip_coef)
-    surrogate = torch.min(r_pi * advantages, clipped * advantages)
+    rho_pi = r_pi.clamp(1 - clip_coef, 1 + clip_coef)
+    surrogate = torch.min(r_pi * advantages, rho_pi * advantages)
     return (kl - lam * surrogate).mean()
 
 
 def backtrack(guider, learner):
     """Step 4 to the letter, mu := pi: the guider's own policy becomes the learners', its correction zero.
 
-    `own` is then frozen: until the next time the correction alone moves mu.
+    `own` is frozen for the whole run: the correction alone moves mu away from pi.
     """
     guider.own.load_state_dict(learner.state_dict())
     guider.own.requires_grad_(False)
@@ -402,8 +401,7 @@ def build(args, envs):
     action_dim = space.shape[1] if continuous else int(space.nvec[0])
     sizes = *envs.single_observation_space.shape, action_dim, continuous  # N, D, A
     state_dim = envs.state_dim if args.state else 0
-    more = args.hidden_dim, args.recurrent
-    guider = Guider(*sizes, args.embed_dim, *more, state_dim, args.action_std)
+    guider = Guider(*sizes, args.embed_dim, args.hidden_dim, args.recurrent, state_dim, args.action_std)
     return guider, Learner(*sizes, args.hidden_dim, args.recurrent)
 
 
@@ -415,15 +413,15 @@ def estimate_advantages(buffer, guider, value_norm, args):
     """
     mean, std = value_norm.stats()
     values = buffer["values"] * std + mean
-    goes_on = buffer["final_hidden"], torch.zeros_like(buffer["starts"])  # final_obs is no episode's start
-    _, next_values = guider.encode(buffer["final_obs"], buffer.get("final_state"), goes_on)
+    memory = buffer["final_hidden"], torch.zeros_like(buffer["starts"])  # final_obs begins no episode
+    _, next_values = guider.encode(buffer["final_obs"], buffer.get("final_state"), memory)
     next_values = next_values * std + mean
     advantages, returns = compute_gae(
         buffer["rewards"], values, next_values, buffer["terminations"], buffer["truncations"],
         args.gamma, args.gae_lambda,
     )  # fmt: skip
     all_advantages, all_returns = gather(advantages), gather(returns)
-    # advantages = returns - values are the critic's errors; the rest of the divisor is for constant returns
+    # The critic's errors are returns - values, the advantages. The small terms are for constant returns
     variance = all_returns.var(correction=0) + 1e-8 * all_returns.square().mean() + 1e-30
     explained_variance = 1 - all_advantages.var(correction=0) / variance
 
@@ -441,7 +439,7 @@ def train(args, stop=()):
     Raises ValueError (options), FloatingPointError (numbers), EnvFailure (environment) and OSError (files).
     """
     run = Run(args)  # its folder, checkpoints, processes, device and seed: see run/
-    args, device = run.args, run.device
+    args, device = run.args, run.device  # a resumed run has its own options
     envs = make_envs(args, run.num_envs, device)
     guider, learner = run.networks(build, envs)
     parameters = [*guider.parameters(), *learner.parameters()]
@@ -450,8 +448,8 @@ def train(args, stop=()):
     if args.backtracking == "reset":
         backtrack(guider, learner)  # the first rollout, too, is pi's
     parts = dict(guider=guider, learner=learner, optimizer=optimizer, value_norm=value_norm)
-    episodes, memory = run.restore(envs, new_memory(args, envs), **parts)  # where a resumed run stood
-    obs, infos = envs.reset(seed=run.seed, options=episodes)
+    episodes_so_far, memory = run.restore(envs, new_memory(args, envs), **parts)  # where a resumed run stood
+    obs, infos = envs.reset(seed=run.seed, options=episodes_so_far)
 
     for iteration in run.iterations(envs, stop):
         remaining = 1 - (iteration - 1) / run.num_iterations if args.anneal_lr else 1.0
@@ -489,23 +487,22 @@ def train(args, stop=()):
             run.check_finite(iteration, buffer)
 
         # Minibatches split axis 1: with memory E sequences (T, E, ...), else T E steps (1, T E, ...)
-        batch = {k: x for k, x in buffer.items() if not k.startswith("final_")}
-        if not args.recurrent:
-            batch = {k: x.flatten(0, 1).unsqueeze(0) for k, x in batch.items()}
+        batch = buffer if args.recurrent else {k: x.flatten(0, 1).unsqueeze(0) for k, x in buffer.items()}
         metrics = []
         for _ in range(args.update_epochs):
             for index in torch.randperm(batch["obs"].shape[1], device=device).chunk(args.num_minibatches):
                 b = {k: x[:, index] for k, x in batch.items()}
-                mask, state, past = b.get("action_mask"), b.get("state"), (b["hidden"][0], b["starts"])
+                mask, state = b.get("action_mask"), b.get("state")
+                start_memory = b["hidden"][0], b["starts"]
 
                 # Both losses are computed at the same parameters, then both networks take their step
-                pi = learner(b["obs"], mask, past)
-                if args.algo == "mappo":  # mu = pi: inner clip, mask and KL vanish, and Eq. 9 is PPO
+                pi = learner(b["obs"], mask, start_memory)
+                if args.algo == "mappo":  # mu = pi: inner clip, m and KL vanish, and Eq. 9 is PPO
                     mu = pi
-                    _, new_values = guider.encode(b["obs"], state, past)
+                    _, new_values = guider.encode(b["obs"], state, start_memory)
                 else:
-                    mu, new_values = guider(b["obs"], b["actions"], mask, state, past)
-                log_mu, log_pi = mu.log_prob(b["actions"]), pi.log_prob(b["actions"])  # (., batch, N)
+                    mu, new_values = guider(b["obs"], b["actions"], mask, state, start_memory)
+                log_mu, log_pi = mu.log_prob(b["actions"]), pi.log_prob(b["actions"])  # (1 or T, batch, N)
                 log_mu_old, advantages = b["logprobs"], b["advantages"]
 
                 # Step 2, guider update (Eq. 9): pi is a constant
@@ -540,8 +537,8 @@ def train(args, stop=()):
         row |= run.mean(iteration, metrics) | dict(explained_variance=explained_variance)
         if run.evaluates(iteration):
             episodes = affordable(args, args.num_envs, args.eval_every * run.samples, envs)
-            returns = evaluate(args, guider, learner, "learner", episodes, args.seed + 1, stop)
-            row["learner_return"] = math.nan if stop else returns.mean().item()
+            team_returns = evaluate(args, guider, learner, "learner", episodes, args.seed + 1, stop)
+            row["learner_return"] = math.nan if stop else team_returns.mean().item()
         run.log(iteration, row)
         if iteration % args.save_every == 0:
             run.save(envs, memory)
@@ -555,12 +552,10 @@ def train(args, stop=()):
 
 @torch.no_grad()
 def evaluate(args, guider, learner, policy, episodes, seed, stop=()):
-    """Team returns (episodes,) of fresh episodes, the same number from every copy.
+    """Team returns (episodes,) of fresh episodes, equally many of every copy, so rounded up.
 
     policy: "guider" (sampled), "learner" (sampled) or "learner_greedy".
-    episodes: rounded up to a multiple of the copies. What is not over when time is up does not count.
-    seed: of environments and sampling. Training's random numbers stay as they were.
-    stop: a list. Once something is in it, evaluation ends.
+    seed: of environments and sampling. Training's random numbers stay as they were. stop: see train().
     """
     if policy not in ("guider", "learner", "learner_greedy"):
         raise ValueError(f"policy must be guider, learner or learner_greedy, but is {policy!r}.")
