@@ -36,7 +36,11 @@ OTHERS = (
 RANDOM = dict.fromkeys(OTHERS, 512) | dict.fromkeys(LONG, 32)  # episodes of random play
 
 
-LONGER = {"coordsum_3x10_official": 1_000_000, "coordsum_8x15": 640_000, "rware:tiny-2ag": 5_000_000}
+LONGER = {
+    "coordsum_3x10_official": dict(total_timesteps=1_000_000, ent_coef=0.03),
+    "coordsum_8x15": dict(total_timesteps=640_000),
+    "rware:tiny-2ag": dict(total_timesteps=5_000_000),
+}
 
 
 def family(env):
@@ -74,9 +78,9 @@ EXPERIMENTS = {
     + grid(THREE, env=MPE2, total_timesteps=120_000),
     "memory": grid(THREE, env=REMEMBER, recurrent=(False, True), total_timesteps=40_000),
     "long": [  # more steps of what the presets end too early
-        dict(env=env, algo=algo, **TUNED.get((family(env), algo), {}), total_timesteps=steps, seed=seed)
+        dict(env=env, algo=algo, **TUNED.get((family(env), algo), {}), **options, seed=seed)
         for seed in THREE
-        for env, steps in LONGER.items()
+        for env, options in LONGER.items()
         for algo in ("magpo", "mappo")
     ],
     **{f"paper_{suite}": paper(suite) for suite in PAPER},
