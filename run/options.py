@@ -32,7 +32,7 @@ PRESETS = {  # by the environment's family, the first word of its name
     "pettingzoo": dict(num_envs=32, num_minibatches=4, learning_rate=1e-3, eval_every=25, eval_episodes=256),
     "gym": dict(num_envs=32, num_steps=50, num_minibatches=8, learning_rate=1e-3, ent_coef=0.05, gamma=0.99,
                 eval_episodes=256, delta=1.3, lam=3.0),
-    "lbf": SUITE | dict(total_timesteps=200_000, num_envs=64, num_steps=50, ent_coef=0.05),
+    "lbf": SUITE | dict(total_timesteps=200_000, num_envs=64, num_steps=50, ent_coef=0.05, delta=1.2),
     "smax": SUITE | dict(total_timesteps=400_000, num_envs=64, num_steps=64),
     "connector": SUITE | dict(total_timesteps=400_000),
     "rware": SUITE | dict(total_timesteps=2_500_000, num_steps=128, num_minibatches=16, gae_lambda=0.95,
