@@ -30,9 +30,8 @@ what the agents that could have gone on saw last, and zeros for those that had l
 
 Options that cannot work end in a ValueError, an environment that breaks the contract in an EnvFailure.
 
-MatrixGame, CoordSum and SimpleSpread are batched: torch tensors, no Python loop over copies or agents. Their
-episodes are equally long, so that a Python integer counts the time of all copies: reading it from a tensor
-would stall a GPU at every step. adapters/ holds other people's environments.
+MatrixGame, CoordSum and SimpleSpread are batched: torch tensors, no Python loop over copies or agents. A
+Python integer counts the time of all copies: a GPU would stall at every look at a tensor.
 """
 
 import numpy as np
@@ -129,9 +128,7 @@ class BatchedEnv(VectorEnv):
         return obs, self._infos(obs)
 
     def step(self, actions):
-        """Actions (E, N), or (E, N, A) if continuous -> obs, rewards, terminations, truncations, infos.
-
-        ValueError if the actions have another shape."""
+        """Actions (E, N[, A]) -> obs, rewards, terminations, truncations, infos; ValueError: wrong shape."""
         actions = check_shape(torch.as_tensor(actions, device=self.device), self.action_space)
         if self.continuous:
             actions = actions.clamp(0, 1)
@@ -206,19 +203,21 @@ class CoordSum(BatchedEnv):
 
     If the actions add up, everybody gets 2, but only 1 if agent 0's action is its habit: the one that it has
     played most often for this target in this episode. Ties, and a target never seen before, resolve to the
-    smallest action. If they do not add up, everybody gets 0. An episode has 100 steps. Targets are uniform
-    and independent. Observations are the target, one-hot.
+    smallest action. If they do not add up, everybody gets 0. Each of 100 steps draws a target, uniformly.
 
     Args:
         num_agents, num_actions, num_targets: N, A (actions 0..A-1) and M (targets 0..M-1; D = M).
         official: take the habit from a record like the official code's, with a row per action, not per
             target: all targets from A - 1 up share the last row. The paper's returns are of this kind.
+        blur: 0 to observe the target one-hot, or the deviation of a Gaussian over its neighbours.
     """
 
     EPISODE = ("record", "target")
     POLICIES = ("random", "best without memory", "best with memory", "plain split")
 
-    def __init__(self, num_envs, device="cpu", num_agents=3, num_actions=10, num_targets=30, official=False):
+    def __init__(
+        self, num_envs, device="cpu", num_agents=3, num_actions=10, num_targets=30, official=False, blur=0
+    ):
         check_counts(1, num_agents=num_agents, num_actions=num_actions, num_targets=num_targets)
         check_flags(official=official)
         super().__init__(num_envs, device, num_agents, num_targets, num_actions, 100)
@@ -226,7 +225,9 @@ class CoordSum(BatchedEnv):
         self.num_targets = num_targets
         self.num_rows = num_actions if official else num_targets
         self._copies = torch.arange(num_envs, device=device)
-        self._one_hot = torch.eye(num_targets, device=device)
+        place = torch.arange(num_targets, device=device)
+        distance = place - place[:, None]  # (M, M)
+        self._code = (-0.5 * (distance / blur).square()).exp() if blur else (distance == 0).float()
 
     def _start(self):
         shape = (self.num_envs, self.num_rows, self.num_actions)
@@ -238,7 +239,7 @@ class CoordSum(BatchedEnv):
         self.target = torch.randint(self.num_targets, shape, generator=self.generator, device=self.device)
 
     def _observe(self):
-        return self._one_hot[self.target].unsqueeze(1).expand(self.observation_space.shape)  # (E, N, M)
+        return self._code[self.target].unsqueeze(1).expand(self.observation_space.shape)  # (E, N, M)
 
     def _advance(self, actions):
         first = actions[:, 0]
@@ -390,8 +391,7 @@ def make(env_id, num_envs, device="cpu", num_workers=0, state=False, **kwargs):
         state: give infos["state"], where the environment has a state.
         **kwargs: the environment's own options, over those in ENVS.
 
-    Raises:
-        ValueError: there is no such environment, or not with these options; one sentence says why.
+    Raises ValueError if there is no such environment, or not with these options; one sentence says why.
     """
     if env_id.startswith(("pettingzoo:", "gym:")):
         from adapters.python_envs import AdaptedEnv

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-import re
+import shlex
 
 ALGOS = ("magpo", "mappo", "ctds")
 DELTAS = (1.05, 1.2, 1.5, 2.0, 4.0, math.inf)
@@ -36,16 +36,15 @@ OTHERS = (
 RANDOM = dict.fromkeys(OTHERS, 512) | dict.fromkeys(LONG, 32)  # episodes of random play
 
 
-LONGER = {
-    "coordsum_3x10_official": dict(total_timesteps=1_000_000, ent_coef=0.03),
-    "coordsum_8x15": dict(total_timesteps=640_000),
-    "rware:tiny-2ag": dict(total_timesteps=5_000_000),
-}
-
-
-def family(env):
-    """The first word of an environment's name, as for presets."""
-    return re.split("[_:]", env)[0]
+BLUR = dict(env="coordsum_8x15", env_kwargs='{"blur": 2}', total_timesteps=640_000)
+LONGER = (  # more steps of what the presets end too early
+    dict(env="coordsum_3x10_official", algo="magpo", total_timesteps=1_000_000, ent_coef=0.03),
+    dict(env="coordsum_3x10_official", algo="mappo", total_timesteps=1_000_000, ent_coef=0.005),
+    dict(algo="magpo", **BLUR),
+    dict(algo="mappo", **BLUR, learning_rate=6e-3),
+    dict(env="rware:tiny-2ag", algo="magpo", total_timesteps=5_000_000),
+    dict(env="rware:tiny-2ag", algo="mappo", total_timesteps=5_000_000),
+)
 
 
 def grid(seeds, **options):
@@ -77,12 +76,7 @@ EXPERIMENTS = {
     "others": grid(THREE, env=FORAGING, algo=("magpo", "mappo"), total_timesteps=480_000)
     + grid(THREE, env=MPE2, total_timesteps=120_000),
     "memory": grid(THREE, env=REMEMBER, recurrent=(False, True), total_timesteps=40_000),
-    "long": [  # more steps of what the presets end too early
-        dict(env=env, algo=algo, **TUNED.get((family(env), algo), {}), **options, seed=seed)
-        for seed in THREE
-        for env, options in LONGER.items()
-        for algo in ("magpo", "mappo")
-    ],
+    "long": [options | dict(seed=seed) for seed in THREE for options in LONGER],
     **{f"paper_{suite}": paper(suite) for suite in PAPER},
     "paper_20m": grid(  # the paper's budget, on a GPU
         (1,),
@@ -103,5 +97,5 @@ def command(options):
         if type(value) is bool:
             words.append(f"--{flag}" if value else f"--no-{flag}")
         else:
-            words.append(f"--{flag} {value}")
+            words.append(f"--{flag} {shlex.quote(str(value))}")
     return " ".join(words)

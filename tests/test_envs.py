@@ -4,6 +4,7 @@ import copy
 import itertools
 import sys
 import types
+from statistics import NormalDist
 
 import numpy as np
 import pytest
@@ -110,6 +111,17 @@ def test_coordsum_is_the_rules(env_id):
             scores.update(expected)
     assert {1.0, 2.0} <= scores <= {0.0, 1.0, 2.0}
     assert len(seen) > 0.8 * num_targets
+
+
+def test_blur_shows_a_target_to_its_neighbours_and_leaves_the_game_alone():
+    plain, blurred = envs.make("coordsum_3x10", 64), envs.make("coordsum_3x10", 64, blur=1.5)
+    one_hot, obs = plain.reset(seed=0)[0], blurred.reset(seed=0)[0]
+    for target, row in zip(one_hot.argmax(-1)[:, 0].tolist(), obs[:, 0], strict=True):
+        bell = NormalDist(target, 1.5)
+        expected = [bell.pdf(t) / bell.pdf(target) for t in range(30)]
+        np.testing.assert_allclose(row, expected, atol=1e-6)
+    actions = torch.randint(10, (64, 3), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(plain.step(actions)[1], blurred.step(actions)[1])
 
 
 @pytest.mark.parametrize(
