@@ -41,7 +41,7 @@ LONGER = (  # more steps of what the presets end too early
     dict(env="coordsum_3x10_official", algo="magpo", total_timesteps=1_000_000, ent_coef=0.03),
     dict(env="coordsum_3x10_official", algo="mappo", total_timesteps=1_000_000, ent_coef=0.005),
     dict(algo="magpo", **BLUR),
-    dict(algo="mappo", **BLUR, learning_rate=6e-3),
+    dict(algo="mappo", **BLUR),
     dict(env="rware:tiny-2ag", algo="magpo", total_timesteps=5_000_000),
     dict(env="rware:tiny-2ag", algo="mappo", total_timesteps=5_000_000),
 )
