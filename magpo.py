@@ -110,7 +110,7 @@ def linear(inputs, outputs, gain):
 
 def distribution(logits, continuous, action_mask=None):
     """Policy of every agent: Categorical from (..., N, A), or diagonal Gaussian from (..., N, 2 A)."""
-    if not continuous:
+    if not continuous:  # -1e9 is minus infinity enough, and keeps entropy and KL finite
         return Categorical(logits=logits if action_mask is None else logits.masked_fill(~action_mask, -1e9))
     # Actions lie in [0, 1]. Softsign bounds mean and deviation, and has a gradient everywhere that leads back
     shift, width = nn.functional.softsign(logits).chunk(2, -1)  # both in (-1, 1)
