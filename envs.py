@@ -209,7 +209,7 @@ class CoordSum(BatchedEnv):
         num_agents, num_actions, num_targets: N, A (actions 0..A-1) and M (targets 0..M-1; D = M).
         official: take the habit from a record like the official code's, with a row per action, not per
             target: all targets from A - 1 up share the last row. The paper's returns are of this kind.
-        blur: 0 to observe the target one-hot, or the deviation of a Gaussian over its neighbours.
+        blur: 0 to observe the target one-hot, or the deviation (1, 2, ...) of a Gaussian over its neighbours.
     """
 
     EPISODE = ("record", "target")
@@ -219,6 +219,7 @@ class CoordSum(BatchedEnv):
         self, num_envs, device="cpu", num_agents=3, num_actions=10, num_targets=30, official=False, blur=0
     ):
         check_counts(1, num_agents=num_agents, num_actions=num_actions, num_targets=num_targets)
+        check_counts(0, blur=blur)
         check_flags(official=official)
         super().__init__(num_envs, device, num_agents, num_targets, num_actions, 100)
         self.num_actions = num_actions
@@ -346,6 +347,7 @@ class SimpleSpread(BatchedEnv):
         return -(1 - self.local_ratio) * uncovered - self.local_ratio * collisions
 
 
+PAPER_MPE = dict(continuous=True, max_cycles=26)
 # fmt: off
 ENVS = {  # id -> class, mean returns of its POLICIES (results/references.py plays them again), options
     "matrix_climbing": (MatrixGame, (), dict(payoff=CLIMBING)),
@@ -371,11 +373,9 @@ ENVS = {  # id -> class, mean returns of its POLICIES (results/references.py pla
         dict(num_agents=5, num_actions=20, num_targets=80, official=True)),
     "coordsum_8x15_official": (CoordSum, (1.9, 188.5, 199.0, 182.1),
         dict(num_agents=8, num_actions=15, num_targets=100, official=True)),
-    "mpe_spread_3ag_paper": (SimpleSpread, (-26.47, -6.08), dict(continuous=True, max_cycles=26)),
-    "mpe_spread_5ag_paper": (SimpleSpread, (-34.81, -8.97),
-        dict(num_agents=5, continuous=True, max_cycles=26)),
-    "mpe_spread_10ag_paper": (SimpleSpread, (-54.18, -19.45),
-        dict(num_agents=10, continuous=True, max_cycles=26)),
+    "mpe_spread_3ag_paper": (SimpleSpread, (-26.47, -6.08), PAPER_MPE),
+    "mpe_spread_5ag_paper": (SimpleSpread, (-34.81, -8.97), dict(PAPER_MPE, num_agents=5)),
+    "mpe_spread_10ag_paper": (SimpleSpread, (-54.18, -19.45), dict(PAPER_MPE, num_agents=10)),
 }
 ELSEWHERE = "pettingzoo:<module>, gym:<id>, lbf:<task>, rware:<task>, connector:<task>, smax:<task>"
 # fmt: on

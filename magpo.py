@@ -40,12 +40,10 @@ from run.terminal import command_line, print_table, progress
 Distribution.set_default_validate_args(False)  # the checks would make a GPU wait at every call
 
 
+# The comments inside are also the text of --help
 @dataclass(kw_only=True)
 class Args:
-    """Train decentralized learners with an autoregressive guider. None: the environment's preset decides.
-
-    The comments are the text of --help.
-    """
+    """Train decentralized learners with an autoregressive guider. None: the environment's preset decides."""
 
     # Environment
     env: str = "mpe_spread"  # name of an environment, see envs.py

@@ -114,10 +114,10 @@ def test_coordsum_is_the_rules(env_id):
 
 
 def test_blur_shows_a_target_to_its_neighbours_and_leaves_the_game_alone():
-    plain, blurred = envs.make("coordsum_3x10", 64), envs.make("coordsum_3x10", 64, blur=1.5)
+    plain, blurred = envs.make("coordsum_3x10", 64), envs.make("coordsum_3x10", 64, blur=2)
     one_hot, obs = plain.reset(seed=0)[0], blurred.reset(seed=0)[0]
     for target, row in zip(one_hot.argmax(-1)[:, 0].tolist(), obs[:, 0], strict=True):
-        bell = NormalDist(target, 1.5)
+        bell = NormalDist(target, 2)
         expected = [bell.pdf(t) / bell.pdf(target) for t in range(30)]
         np.testing.assert_allclose(row, expected, atol=1e-6)
     actions = torch.randint(10, (64, 3), generator=torch.Generator().manual_seed(0))
@@ -248,6 +248,7 @@ REFUSED = [
     ("mpe_spread", {"num_landmark_neighbors": 1.5}, "num_landmark_neighbors must be"),
     ("mpe_spread", {"local_ratio": "a"}, r"local_ratio must be a number in \[0, 1\]"),
     ("mpe_spread", {"local_ratio": float("nan")}, "local_ratio must be"),
+    ("coordsum_3x10", {"blur": -1}, "blur must be a whole number of at least 0"),
     ("mpe_spread", {"agents": 4}, "cannot be made with the options {'agents': 4}"),
     ("coordsum_3x10", {"num_targets": 0}, "num_targets must be"),
     ("coordsum_3x10", {"num_actions": None}, "num_actions must be"),
