@@ -209,14 +209,14 @@ class CoordSum(BatchedEnv):
         num_agents, num_actions, num_targets: N, A (actions 0..A-1) and M (targets 0..M-1; D = M).
         official: take the habit from a record like the official code's, with a row per action, not per
             target: all targets from A - 1 up share the last row. The paper's returns are of this kind.
-        blur: 0 to observe the target one-hot, or the deviation (1, 2, ...) of a Gaussian over its neighbours.
+        blur: deviation of the bell that shows the target, so that neighbours look alike; 0 for one-hot.
     """
 
     EPISODE = ("record", "target")
     POLICIES = ("random", "best without memory", "best with memory", "plain split")
 
     def __init__(
-        self, num_envs, device="cpu", num_agents=3, num_actions=10, num_targets=30, official=False, blur=0
+        self, num_envs, device="cpu", num_agents=3, num_actions=10, num_targets=30, official=False, blur=2
     ):
         check_counts(1, num_agents=num_agents, num_actions=num_actions, num_targets=num_targets)
         check_counts(0, blur=blur)
@@ -228,7 +228,7 @@ class CoordSum(BatchedEnv):
         self._copies = torch.arange(num_envs, device=device)
         place = torch.arange(num_targets, device=device)
         distance = place - place[:, None]  # (M, M)
-        self._code = (-0.5 * (distance / blur).square()).exp() if blur else (distance == 0).float()
+        self.codes = (-0.5 * (distance / blur).square()).exp() if blur else (distance == 0).float()
 
     def _start(self):
         shape = (self.num_envs, self.num_rows, self.num_actions)
@@ -240,7 +240,7 @@ class CoordSum(BatchedEnv):
         self.target = torch.randint(self.num_targets, shape, generator=self.generator, device=self.device)
 
     def _observe(self):
-        return self._code[self.target].unsqueeze(1).expand(self.observation_space.shape)  # (E, N, M)
+        return self.codes[self.target].unsqueeze(1).expand(self.observation_space.shape)  # (E, N, M)
 
     def _advance(self, actions):
         first = actions[:, 0]
@@ -348,6 +348,9 @@ class SimpleSpread(BatchedEnv):
 
 
 PAPER_MPE = dict(continuous=True, max_cycles=26)
+SIZE_3X30 = dict(num_actions=30, num_targets=50)
+SIZE_5X20 = dict(num_agents=5, num_actions=20, num_targets=80)
+SIZE_8X15 = dict(num_agents=8, num_actions=15, num_targets=100)
 # fmt: off
 ENVS = {  # id -> class, mean returns of its POLICIES (results/references.py plays them again), options
     "matrix_climbing": (MatrixGame, (), dict(payoff=CLIMBING)),
@@ -355,9 +358,9 @@ ENVS = {  # id -> class, mean returns of its POLICIES (results/references.py pla
     "matrix_xor": (MatrixGame, (), dict(payoff=XOR)),
     "matrix_sum10": (MatrixGame, (), dict(payoff=sum_game())),
     "coordsum_3x10": (CoordSum, (6.4, 119.4, 180.9), dict()),
-    "coordsum_3x30": (CoordSum, (2.6, 142.5, 198.0), dict(num_actions=30, num_targets=50)),
-    "coordsum_5x20": (CoordSum, (2.4, 156.5, 198.8), dict(num_agents=5, num_actions=20, num_targets=80)),
-    "coordsum_8x15": (CoordSum, (1.9, 162.7, 199.0), dict(num_agents=8, num_actions=15, num_targets=100)),
+    "coordsum_3x30": (CoordSum, (2.6, 142.5, 198.0), SIZE_3X30),
+    "coordsum_5x20": (CoordSum, (2.4, 156.5, 198.8), SIZE_5X20),
+    "coordsum_8x15": (CoordSum, (1.9, 162.7, 199.0), SIZE_8X15),
     "mpe_spread": (SimpleSpread, (-26.34, -7.63), dict()),
     "mpe_spread_5ag": (SimpleSpread, (-35.92, -11.54), dict(num_agents=5)),
     "mpe_spread_10ag": (SimpleSpread, (-54.5, -23.3), dict(num_agents=10)),
@@ -367,12 +370,9 @@ ENVS = {  # id -> class, mean returns of its POLICIES (results/references.py pla
     "mpe_spread_10ag_continuous": (SimpleSpread, (-51.84, -18.99), dict(num_agents=10, continuous=True)),
     # The paper's tasks as the official code has them
     "coordsum_3x10_official": (CoordSum, (6.3, 159.0, 183.1, 153.3), dict(official=True)),
-    "coordsum_3x30_official": (CoordSum, (2.5, 164.4, 198.0, 158.9),
-        dict(num_actions=30, num_targets=50, official=True)),
-    "coordsum_5x20_official": (CoordSum, (2.4, 185.3, 198.7, 180.1),
-        dict(num_agents=5, num_actions=20, num_targets=80, official=True)),
-    "coordsum_8x15_official": (CoordSum, (1.9, 188.5, 199.0, 182.1),
-        dict(num_agents=8, num_actions=15, num_targets=100, official=True)),
+    "coordsum_3x30_official": (CoordSum, (2.5, 164.4, 198.0, 158.9), dict(SIZE_3X30, official=True)),
+    "coordsum_5x20_official": (CoordSum, (2.4, 185.3, 198.7, 180.1), dict(SIZE_5X20, official=True)),
+    "coordsum_8x15_official": (CoordSum, (1.9, 188.5, 199.0, 182.1), dict(SIZE_8X15, official=True)),
     "mpe_spread_3ag_paper": (SimpleSpread, (-26.47, -6.08), PAPER_MPE),
     "mpe_spread_5ag_paper": (SimpleSpread, (-34.81, -8.97), dict(PAPER_MPE, num_agents=5)),
     "mpe_spread_10ag_paper": (SimpleSpread, (-54.18, -19.45), dict(PAPER_MPE, num_agents=10)),

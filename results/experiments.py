@@ -36,12 +36,8 @@ OTHERS = (
 RANDOM = dict.fromkeys(OTHERS, 512) | dict.fromkeys(LONG, 32)  # episodes of random play
 
 
-BLUR = dict(env="coordsum_8x15", env_kwargs='{"blur": 2}', total_timesteps=640_000)
 LONGER = (  # more steps of what the presets end too early
-    dict(env="coordsum_3x10_official", algo="magpo", total_timesteps=1_000_000, ent_coef=0.03),
-    dict(env="coordsum_3x10_official", algo="mappo", total_timesteps=1_000_000, ent_coef=0.005),
-    dict(algo="magpo", **BLUR),
-    dict(algo="mappo", **BLUR),
+    *(dict(env="coordsum_8x15", algo=algo, total_timesteps=640_000) for algo in ALGOS),
     dict(env="rware:tiny-2ag", algo="magpo", total_timesteps=5_000_000),
     dict(env="rware:tiny-2ag", algo="mappo", total_timesteps=5_000_000),
 )
@@ -76,6 +72,11 @@ EXPERIMENTS = {
     "others": grid(THREE, env=FORAGING, algo=("magpo", "mappo"), total_timesteps=480_000)
     + grid(THREE, env=MPE2, total_timesteps=120_000),
     "memory": grid(THREE, env=REMEMBER, recurrent=(False, True), total_timesteps=40_000),
+    "one_hot": [  # CoordSum's targets shown one-hot
+        options | dict(env_kwargs='{"blur": 0}')
+        for options in paper("coordsum")
+        if options["env"] == "coordsum_3x10"
+    ],
     "long": [options | dict(seed=seed) for seed in THREE for options in LONGER],
     **{f"paper_{suite}": paper(suite) for suite in PAPER},
     "paper_20m": grid(  # the paper's budget, on a GPU

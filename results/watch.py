@@ -190,7 +190,8 @@ def draw(args, learner, path):
     kwargs = json.loads(args.env_kwargs)
     N, M = envs.make(args.env, 1, **kwargs).single_observation_space.shape
     env = envs.make(args.env, M, **kwargs)
-    obs = torch.eye(M).unsqueeze(1).expand(-1, N, -1)  # (M, N, M), every target once
+    codes = env.codes if isinstance(env, envs.CoordSum) else torch.ones(M, M)
+    obs = codes.unsqueeze(1).expand(-1, N, -1)  # (M, N, M), every target once
     probs = learner(obs, memory=magpo.new_memory(args, env)).probs.double().numpy()  # (M, N, A)
     if isinstance(env, envs.CoordSum):
         scores, what = [hit_probability(p, target) for target, p in enumerate(probs)], "P(hit)"

@@ -450,8 +450,10 @@ def test_watch_draws_what_to_expect(env, runs, tmp_path):
     run, path = runs(env), tmp_path / "picture.png"
     (number,) = watch.watch(run, path)
     _, _, learner = magpo.load(run)
-    N, M = envs.make(env, 1).single_observation_space.shape
-    actions = learner(torch.eye(M).unsqueeze(1).expand(M, N, M)).sample((40_000 // M,))  # (S, M, N)
+    obs, _ = envs.make(env, 4096).reset(seed=0)  # so many that every target is there
+    M = obs.shape[-1]
+    first = [(obs[:, 0].argmax(-1) == target).nonzero()[0] for target in range(M)]
+    actions = learner(obs[torch.cat(first)]).sample((40_000 // M,))  # (S, M, N)
     if M > 1:
         payoff = (actions.sum(-1) == torch.arange(M)).double()
     else:
