@@ -323,7 +323,7 @@ def compute_gae(rewards, values, next_values, terminations, truncations, gamma, 
 
     rewards: (T, E, 1), the team's.
     values: (T, E, N), V of the observation that a step started from.
-    next_values: (T, E, N), V of what it led to: at an episode's end of its last observation.
+    next_values: (T, E, N), V of the next observation; at an episode's end, of its last one.
     terminations: (T, E, 1) bool, the game was over. Nothing is worth anything after it.
     truncations: (T, E, 1) bool, time ran out. The step bootstraps; the sum over lambda ends here.
     """

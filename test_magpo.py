@@ -6,8 +6,8 @@
     Learning         the learners' exact payoff on the matrix games
 
 `pytest test_magpo.py` runs the quick tests, `-m slow` the long ones. `-k exercise_1` runs those of exercise
-1, and so on up to exercise_5: they need that exercise and those before it. `-k exercise_learning` runs the
-whole algorithm. The maintainers' tests are in tests/.
+1, and so on up to exercise_5, which needs exercise 2, too. `-k exercise_learning` runs the whole algorithm.
+The maintainers' tests are in tests/.
 """
 
 import itertools
@@ -237,7 +237,7 @@ def test_exercise_3_guider_loss_is_eq_9_sample_by_sample(delta):
     mu, pi, mu_old, A, kl = torch.tensor(samples, dtype=torch.float64).T.reshape(5, *shape)
     seen = magpo.guider_loss(mu.log(), pi.log(), mu_old.log(), A, kl, eps, delta)
     expected = [sum(x) / len(x) for x in (losses, masked, clipped)]
-    assert [x.item() for x in seen] == pytest.approx(expected, abs=1e-12)
+    assert [x.item() for x in seen] == pytest.approx(expected, abs=1e-6)  # the fractions may be float32
 
 
 # mu_old = 0.25, eps = 0.2, delta = 1.5. Columns: mu, pi, A, whether A still pushes mu, the mask m

@@ -1,7 +1,7 @@
 """The course kit: what an instructor hands out. COURSE.md says what to do with it.
 
     python course/handout.py FOLDER         the tree without the exercises' solutions, in a new folder
-    python course/handout.py bug N FOLDER   the tree with its solutions and with bug N of the hunt
+    python course/handout.py bug N FOLDER   the tree with its solutions and with bug N, or a `random` one
 
 The tree is the files that git tracks, as they stand, without git's history. Neither holds the bugs and
 their answers, nor the tests that tell which bug breaks what.
@@ -9,6 +9,7 @@ their answers, nor the tests that tell which bug breaks what.
 
 import ast
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -76,7 +77,11 @@ def handout(folder, solved=()):
 
 
 def bug(number, folder):
-    """Write the tree with bug number 1.. to a new folder."""
+    """Write the tree with bug number 1.. to a new folder, or with a random one."""
+    if not BUGS:
+        raise ValueError("A hand-out holds no bugs: say this in the clone that it was made from.")
+    if number == "random":
+        number = random.choice(sorted(BUGS))  # not seeded: nobody should know which
     if number not in BUGS:
         raise ValueError(f"There is no bug {number}: name one of {', '.join(sorted(BUGS))}.")
     copy_tree(folder)

@@ -39,6 +39,7 @@ RANDOM = dict.fromkeys(OTHERS, 512) | dict.fromkeys(LONG, 32)  # episodes of ran
 
 LONGER = (  # more steps of what the presets end too early
     *(dict(env="coordsum_8x15", algo=algo, total_timesteps=640_000) for algo in ALGOS),
+    dict(env="coordsum_8x15", algo="mappo", learning_rate=6e-3, total_timesteps=640_000),
     dict(env="rware:tiny-2ag", algo="magpo", total_timesteps=5_000_000),
     dict(env="rware:tiny-2ag", algo="mappo", total_timesteps=5_000_000),
 )
@@ -64,7 +65,7 @@ def paper(suite):
 EXPERIMENTS = {
     "mpe_spread": grid(THREE, env="mpe_spread", algo=ALGOS),
     "sum10": grid(FIVE, env="matrix_sum10", algo=ALGOS),
-    "matrix": grid(FIVE, env=MATRIX, algo=("magpo", "mappo")),
+    "matrix": grid(FIVE, env=MATRIX, algo=ALGOS),
     "delta_matrix": grid(FIVE, env=("matrix_climbing", "matrix_sum10"), delta=DELTAS),
     "delta_coordsum": grid(THREE, env="coordsum_3x10", delta=DELTAS),
     "delta_lambda": grid(THREE, env="matrix_sum10", delta=(*DELTAS[:4], math.inf), lam=(0.0, 0.5, 2.0, 8.0)),

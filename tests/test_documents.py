@@ -59,6 +59,7 @@ RUN_BY = {  # the tests that run the others
     "torchrun": "test_the_documented_torchrun_runs",
     "python results/references.py": "test_references_are_what_their_policies_earn",
     "python results/compare.py": "test_compare_prints_and_draws",
+    "python results/export.py": "test_an_exported_learner_needs_no_project",
     "python results/watch.py": "test_watch_films_what_the_learners_do",
     "python results/make.py sweep": "test_sweeps_go_on_where_they_stopped",
     "python results/make.py tables": "test_the_tables_of_results_are_printed",
@@ -220,7 +221,7 @@ def test_the_push_table_is_eq_9():
         zero, A = torch.zeros(()), torch.tensor(float(advantage))
         loss, masked, _ = magpo.guider_loss(log_mu, log_pi, log_mu_old, A, zero, 0.2, 1.5)
         (gradient,) = torch.autograd.grad(loss, log_mu)
-        seen = [mu / 0.25, mu / pi, -loss.item(), masked.item(), gradient.item()]
+        seen = [mu / 0.25, mu / pi, -loss.item(), masked.item(), -gradient.item()]
         assert seen == pytest.approx([r, gap, objective, m, push], abs=0.0051)
 
 
@@ -273,16 +274,18 @@ def test_the_snippet_acts_as_the_learners_do(recurrent, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_an_exported_learner_needs_no_project(tmp_path, monkeypatch):
-    path = train(tmp_path)
-    monkeypatch.chdir(tmp_path)
-    exec(snippet("torch.export.save").replace("runs/my_run", str(path)), {})
-    code = snippet("torch.export.load") + "print(logits.tolist())"
+def test_an_exported_learner_needs_no_project(tmp_path):
+    path, out = train(tmp_path), tmp_path / "learner.pt2"
+    result = run(f"python {ROOT}/results/export.py {path} {out}", tmp_path)
+    assert result.returncode == 0, result.stderr
+    code = "import torch; print(torch.export.load('learner.pt2').module()(torch.ones(3, 18)).tolist())"
     result = run(f"python -c {shlex.quote(code)}", tmp_path, PYTHONPATH="")
     assert result.returncode == 0, result.stderr
-    pi = magpo.load(path)[2](torch.zeros(3, 18))
-    seen = torch.distributions.Categorical(logits=torch.tensor(eval(result.stdout.splitlines()[-1])))
-    torch.testing.assert_close(seen.logits, pi.logits)
+    seen = torch.tensor(eval(result.stdout.splitlines()[-1]))
+    torch.testing.assert_close(seen, magpo.load(path)[2].logits(torch.ones(3, 18)))
+    for wrong in (train(tmp_path, recurrent=True), tmp_path / "none"):
+        result = run(f"python {ROOT}/results/export.py {wrong} {out}", tmp_path)
+        assert result.returncode == 2 and result.stderr.count("\n") == 1, result.stderr
 
 
 @pytest.mark.slow
