@@ -4,6 +4,7 @@
                    --jobs K --minutes M        K runs at once; no run starts after M minutes
     python results/make.py random              play other people's environments at random -> random.csv
     python results/make.py tables [NAME]       print the tables of all CSVs, or of NAME (paper_* for several)
+    python results/make.py halfway NAME        steps to half of what MAPPO's best setting ends with, seed by seed
     python results/make.py draw                redraw every picture from the CSVs
     python results/make.py record [--add]      print the table of records, or first measure this commit
     python results/make.py healthy RUN         print where a run's metrics lay, for the table of metrics
@@ -280,6 +281,28 @@ def tables(pattern="*"):
             print(f"\nThe CPU-seconds are not of one machine; runs: {counts}.")
 
 
+def halfway(name):
+    """Per task, the steps at which each run first stands at half of what MAPPO's best setting ends with.
+
+    The policy meant is the learners, of CTDS the guider. Seeds in their order; nan: not reached.
+    """
+    print_heads("half", "options", "policy", "thousands of steps, by seed")
+    for env in dict.fromkeys(row["env"] for row in wanted(name)):
+        rows, groups, finals = [row for row in wanted(name) if row["env"] == env], {}, {}
+        for row in rows:
+            groups.setdefault(experiment(row), {}).setdefault(row["seed"], []).append(row)
+            if row["final"] == 1 and row["algo"] == "mappo":
+                finals.setdefault(experiment(row), []).append(row["learner_return"])
+        half = max(np.mean(returns) for returns in finals.values()) / 2
+        for options, seeds in groups.items():
+            policy = "guider" if "--algo ctds" in options else "learner"
+            steps = []
+            for _, curve in sorted(seeds.items()):
+                there = [row["step"] for row in curve if row[f"{policy}_return"] >= half]
+                steps.append(f"{there[0] / 1000:.0f}" if there else "nan")
+            print_row(f"{half:.1f}", f"`{options}`", policy, ", ".join(steps))
+
+
 def healthy(run):
     """Print where nine of ten values of every metric lie after a run's first tenth."""
     with open(Path(run) / "metrics.csv") as file:
@@ -300,6 +323,7 @@ def main():
     words.add_argument("--minutes", type=float, default=math.inf)
     commands.add_parser("tables").add_argument("name", nargs="?", default="*", metavar="NAME")
     commands.add_parser("record").add_argument("--add", action="store_true")
+    commands.add_parser("halfway").add_argument("name", choices=EXPERIMENTS, metavar="NAME")
     commands.add_parser("healthy").add_argument("run", metavar="RUN")
     commands.add_parser("random")
     commands.add_parser("draw")
@@ -320,6 +344,8 @@ def main():
         if given.add:
             record.add()
         record.table()
+    elif given.what == "halfway":
+        halfway(given.name)
     elif given.what == "healthy":
         healthy(given.run)
     elif given.what == "random":

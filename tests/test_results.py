@@ -154,6 +154,30 @@ def test_the_papers_runs_are_in_step_when_stopped():
             assert max(counts.values()) - min(counts.values()) <= 1
 
 
+def test_halfway_is_where_each_run_first_stands_at_half_of_mappos_best(here, monkeypatch, capsys):
+    monkeypatch.setitem(make.EXPERIMENTS, "stub", [])
+    curves = [
+        ("mappo", [0, 3, 6], 6, 1),
+        ("mappo", [0, 0, 9], 10, 2),  # MAPPO's mean is 8, half of it 4
+        ("ctds", [0, 0, 0], 0, 1),
+        ("magpo", [1, 2, 3], 3, 1),
+    ]
+    for algo, returns, final, seed in curves:
+        rows = a_curve(returns, seed, final, env="matrix_xor", algo=algo)
+        rows = [row | dict(step=1000 * row["step"]) for row in rows]
+        if algo == "ctds":
+            rows = [row | dict(guider_return=5) for row in rows]
+        make.append("stub", rows)
+        make.EXPERIMENTS["stub"].append(dict(env="matrix_xor", algo=algo, seed=seed))
+    make.halfway("stub")
+    cells = [line.split(" | ")[1:] for line in capsys.readouterr().out.splitlines()[3:]]
+    assert cells == [
+        ["`--env matrix_xor --algo mappo`", "learner", "300, 300 |"],
+        ["`--env matrix_xor --algo ctds`", "guider", "100 |"],
+        ["`--env matrix_xor --algo magpo`", "learner", "nan |"],
+    ]
+
+
 def test_a_method_is_tuned_apart(monkeypatch):
     monkeypatch.setattr(experiments, "TUNED", {("lbf", "mappo"): dict(learning_rate=4e-3)})
     rates = {(run["algo"], run.get("learning_rate")) for run in experiments.paper("lbf")}
