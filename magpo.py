@@ -24,20 +24,21 @@ the equations A is the advantage, and H the entropy.
 """
 
 import math
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 import torch.nn as nn
-from torch.distributions import Categorical, Distribution, Independent, Normal, kl_divergence
+from torch.distributions import Categorical, Independent, Normal, kl_divergence
 
 from run.checkpoint import Checkpoint
 from run.folder import Run
-from run.machine import average_gradients, gather, seeded
-from run.options import affordable, apply_preset, make_envs
-from run.terminal import command_line, print_table, progress
-
-Distribution.set_default_validate_args(False)  # the checks would make a GPU wait at every call
+from run.machine import average_gradients, gather
+from run.options import apply_preset, make_envs
+from run.policies import constant, sample
+from run.returns import ValueNorm, explained_variance, play
+from run.terminal import command_line, print_table
 
 
 # The comments inside are also the text of --help
@@ -113,21 +114,6 @@ def distribution(logits, continuous, action_mask=None):
     # Actions lie in [0, 1]. Softsign bounds mean and deviation, and has a gradient everywhere that leads back
     shift, width = nn.functional.softsign(logits).chunk(2, -1)  # both in (-1, 1)
     return Independent(Normal(0.5 + shift, (2.5 * width - 1.5).exp()), 1)
-
-
-def sample(policy):
-    """As policy.sample(), but a GPU need not wait for its checks -> actions (..., N) or (..., N, A)."""
-    if policy.has_rsample:
-        return policy.rsample()
-    gumbel = -torch.empty_like(policy.logits).exponential_().log()
-    return (policy.logits + gumbel).argmax(-1)
-
-
-def constant(policy):
-    """The same policy without a gradient (stop-gradient)."""
-    if isinstance(policy, Categorical):
-        return Categorical(logits=policy.logits.detach())
-    return Independent(Normal(policy.base_dist.loc.detach(), policy.base_dist.scale.detach()), 1)
 
 
 def new_memory(args, envs):
@@ -297,26 +283,6 @@ class Guider(nn.Module):
         return torch.cat(actions, agents_axis), torch.cat(logprobs, agents_axis), values
 
 
-class ValueNorm(nn.Module):
-    """Running mean and deviation of the returns: the critic learns targets of order 1 (Yu et al. 2022)."""
-
-    def __init__(self, decay=0.99):
-        super().__init__()
-        self.decay = decay
-        # Averages of x^0 (corrects the start at 0, as in Adam), x^1 and x^2; float32 is too coarse for these
-        self.register_buffer("moments", torch.zeros(3, dtype=torch.float64))
-
-    def update(self, returns):
-        new = torch.stack([(returns.double() ** power).mean() for power in (0, 1, 2)])
-        self.moments.lerp_(new, 1 - self.decay)
-
-    def stats(self):
-        """Mean and deviation. Both are about 0 before the first update: an untrained critic counts for 0."""
-        mean, square = self.moments[1:] / self.moments[0].clamp(min=1e-8)
-        least = 1e-12 * square + 1e-30  # relative to the returns, so that the rewards' unit does not matter
-        return mean, torch.maximum(square - mean.square(), least).sqrt()
-
-
 # --- The equations ------------------------------------------------------------------------------------------
 def compute_gae(rewards, values, next_values, terminations, truncations, gamma, gae_lambda):
     """Generalized advantage estimation (Schulman et al. 2016) -> advantages, returns, both (T, E, N).
@@ -348,10 +314,9 @@ def guider_loss(log_mu, log_pi, log_mu_old, advantages, kl, clip_coef, delta):
     from mu_old that the outer clip wins. The masked KL pulls mu back where it is further already. Together
     they stand for step 4. pi is a constant: of the KL only mu may have a gradient.
 
-    Args, all (1 or T, batch, N) but the last two:
-        log_mu, log_pi, log_mu_old: log-probabilities of the action taken.
-        advantages, kl: A and KL(mu || pi).
-        clip_coef, delta: eps, and the bound above 1 (inf: none).
+    log_mu, log_pi, log_mu_old: log-probabilities of the action taken, each (1 or T, batch, N).
+    advantages, kl: A and KL(mu || pi), in the same shape.
+    clip_coef, delta: eps, and the bound above 1 (inf: none).
     """
     log_pi = log_pi.detach()
     bound = math.log(delta)
@@ -409,25 +374,18 @@ def estimate_advantages(buffer, guider, value_norm, args):
 
     Updates value_norm. Statistics are those of all processes.
     """
-    mean, std = value_norm.stats()
-    values = buffer["values"] * std + mean
+    values = value_norm.denormalize(buffer["values"])
     memory = buffer["final_hidden"], torch.zeros_like(buffer["starts"])  # final_obs begins no episode
     _, next_values = guider.encode(buffer["final_obs"], buffer.get("final_state"), memory)
-    next_values = next_values * std + mean
-    advantages, returns = compute_gae(
-        buffer["rewards"], values, next_values, buffer["terminations"], buffer["truncations"],
-        args.gamma, args.gae_lambda,
-    )  # fmt: skip
+    next_values = value_norm.denormalize(next_values)
+    rewards, *ends = (buffer[name] for name in ("rewards", "terminations", "truncations"))
+    advantages, returns = compute_gae(rewards, values, next_values, *ends, args.gamma, args.gae_lambda)
     all_advantages, all_returns = gather(advantages), gather(returns)
-    # The critic's errors are returns - values, the advantages. The small terms are for constant returns
-    variance = all_returns.var(correction=0) + 1e-8 * all_returns.square().mean() + 1e-30
-    explained_variance = 1 - all_advantages.var(correction=0) / variance
-
+    critic_fit = explained_variance(all_returns, all_advantages)  # its errors are returns - values
     value_norm.update(all_returns)
-    mean, std = value_norm.stats()
     center, spread = all_advantages.mean(), all_advantages.std(correction=0)
-    advantages = (advantages - center) / (spread + 1e-8 * std)  # 0 where all are equal, in any unit
-    return advantages, (returns - mean) / std, explained_variance.item()
+    least = 1e-8 * value_norm.stats()[1]  # so that advantages are 0 where all are equal, in any unit
+    return (advantages - center) / (spread + least), value_norm.normalize(returns), critic_fit
 
 
 def train(args, stop=()):
@@ -480,7 +438,7 @@ def train(args, stop=()):
                 obs, memory = next_obs, (hidden, over)
             # The rollout buffer, each (T, E, ...)
             buffer = {k: torch.stack([s[k] for s in steps]) for k, x in steps[0].items() if x is not None}
-            advantages, returns, explained_variance = estimate_advantages(buffer, guider, value_norm, args)
+            advantages, returns, critic_fit = estimate_advantages(buffer, guider, value_norm, args)
             buffer |= dict(advantages=advantages, returns=returns)
             run.check_finite(iteration, buffer)
 
@@ -532,10 +490,9 @@ def train(args, stop=()):
             backtrack(guider, learner)
 
         row = dict(guider_return=gather(buffer["episode_return"]).nanmean().item(), learner_return=math.nan)
-        row |= run.mean(iteration, metrics) | dict(explained_variance=explained_variance)
+        row |= run.mean(iteration, metrics) | dict(explained_variance=critic_fit)
         if run.evaluates(iteration):
-            episodes = affordable(args, args.num_envs, args.eval_every * run.samples, envs)
-            team_returns = evaluate(args, guider, learner, "learner", episodes, args.seed + 1, stop)
+            team_returns = evaluate(args, guider, learner, "learner", run.episodes(envs), args.seed + 1, stop)
             row["learner_return"] = math.nan if stop else team_returns.mean().item()
         run.log(iteration, row)
         if iteration % args.save_every == 0:
@@ -548,7 +505,6 @@ def train(args, stop=()):
     return run.close()
 
 
-@torch.no_grad()
 def evaluate(args, guider, learner, policy, episodes, seed, stop=()):
     """Team returns (episodes,) of fresh episodes, equally many of every copy, so rounded up.
 
@@ -557,33 +513,18 @@ def evaluate(args, guider, learner, policy, episodes, seed, stop=()):
     """
     if policy not in ("guider", "learner", "learner_greedy"):
         raise ValueError(f"policy must be guider, learner or learner_greedy, but is {policy!r}.")
+
+    def act(obs, infos, memory):
+        mask, state = infos.get("action_mask"), infos.get("state")
+        hidden = remember(guider, learner, obs, memory)
+        if policy == "guider":
+            return guider.act(obs, mask, state, memory)[0], hidden
+        pi = learner(obs, mask, memory)
+        return sample(pi) if policy == "learner" else pi.mode, hidden
+
     device = next(learner.parameters()).device
-    copies = min(episodes, args.num_envs)
-    rounds = math.ceil(episodes / copies)
-    envs = make_envs(args, copies, device)
-    memory = new_memory(args, envs)
-    played, total = torch.zeros(2, copies, device=device)  # episodes so far, return of the present one
-    returns = [total[:0]]  # none so far
-    with seeded(seed, device):
-        obs, infos = envs.reset(seed=seed)
-        for _ in progress(rounds * (envs.max_episode_steps + 1), policy, stop):
-            mask, state = infos.get("action_mask"), infos.get("state")
-            if policy == "guider":
-                actions, _, _ = guider.act(obs, mask, state, memory)
-            else:
-                pi = learner(obs, mask, memory)
-                actions = sample(pi) if policy == "learner" else pi.mode
-            hidden = remember(guider, learner, obs, memory)
-            obs, rewards, terminations, truncations, infos = envs.step(actions)
-            over = terminations | truncations
-            memory = hidden, over
-            total = total + rewards
-            returns.append(total[over & (played < rounds)])
-            total, played = total * ~over, played + over
-            if (played >= rounds).all():
-                break
-    envs.close()
-    return torch.cat(returns)
+    with closing(make_envs(args, min(episodes, args.num_envs), device)) as envs:
+        return play(envs, act, new_memory(args, envs), episodes, seed, policy, stop)
 
 
 def load(path, **changes):
@@ -592,12 +533,7 @@ def load(path, **changes):
     changes: options that replace the run's. For a pettingzoo: or gym: environment env must be among them: no
     file decides which code is imported. Raises ValueError if it cannot be read or does not fit.
     """
-    checkpoint = Checkpoint(path)
-    args = checkpoint.options(Args, **changes)
-    envs = make_envs(args, 1)
-    guider, learner = checkpoint.networks(build, args, envs)
-    envs.close()
-    return args, guider, learner
+    return Checkpoint(path).load(Args, build, **changes)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
                    --jobs K --minutes M        K runs at once; no run starts after M minutes
     python results/make.py random              play other people's environments at random -> random.csv
     python results/make.py tables [NAME]       print the tables of all CSVs, or of NAME (paper_* for several)
-    python results/make.py halfway NAME        steps to half of what MAPPO's best setting ends with, seed by seed
+    python results/make.py halfway NAME        steps to half of MAPPO's best final return, by seed
     python results/make.py draw                redraw every picture from the CSVs
     python results/make.py record [--add]      print the table of records, or first measure this commit
     python results/make.py healthy RUN         print where a run's metrics lay, for the table of metrics

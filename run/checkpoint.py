@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from run.options import BESIDE, NOT_FROM_FILES, imports, spell
+from run.options import BESIDE, NOT_FROM_FILES, imports, make_envs, spell
 
 VERSION = 3  # of checkpoints
 CLOCKS = {"seconds", "cpu_seconds"}  # columns that a resumed run goes on from
@@ -70,6 +70,14 @@ class Checkpoint:
             return kind(**saved | changes)
         except ValueError as error:
             raise ValueError(f"{self.path}: {error}") from None
+
+    def load(self, kind, build, **changes):
+        """What magpo.load returns, with magpo's Args and build."""
+        args = self.options(kind, **changes)
+        envs = make_envs(args, 1)
+        guider, learner = self.networks(build, args, envs)
+        envs.close()
+        return args, guider, learner
 
     def resumed(self, args):
         """The run's options with what `args`, a magpo.Args, gives beside resume. ValueError: see options."""

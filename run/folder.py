@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from run.checkpoint import Checkpoint, check_like, write
 from run.machine import RANK, WORLD, gather, generator, lock, own_seed, seed_everything, share, start_device
-from run.options import resolved, to_resume, validate
+from run.options import affordable, resolved, to_resume, validate
 
 
 class Run:
@@ -182,6 +182,10 @@ class Run:
     def evaluates(self, iteration):
         """Whether the learners are evaluated after this iteration, by this process."""
         return self.leads and (iteration % self.args.eval_every == 0 or iteration in (1, self.num_iterations))
+
+    def episodes(self, envs):
+        """How many episodes an evaluation plays: as many as cost a tenth of the training between two."""
+        return affordable(self.args, self.args.num_envs, self.args.eval_every * self.samples, envs)
 
     def log(self, iteration, row):
         """Count an iteration as done, and add its row, behind the clocks, to metrics.csv and TensorBoard."""
