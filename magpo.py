@@ -6,7 +6,7 @@ where paper, official code and this file differ.
 
 A team of N agents shares one reward. Two policies are trained together:
 
-    guider    mu(a|s) = prod_j mu(a^j | s, a^1..a^{j-1})  sees all observations, acts in turn; to train with
+    guider    mu(a|s) = prod_j mu(a^j | s, a^1..a^{j-1})  sees all observations, acts in turn; for training
     learners  pi(a|o) = prod_i pi(a^i | o^i)              each sees its own observation; to deploy
 
 Each iteration of train() takes the paper's four steps. Steps 2 and 3 share each minibatch:
@@ -20,7 +20,7 @@ mu/pi, the KL and the entropy are those of one agent, given the actions before i
 
 Shapes: T steps, E environments, N agents, D numbers of an observation, S of a global state, A actions of an
 agent, H features of an observation, C width of the attention. "..." stands for any leading dimensions. In
-the equations A is the advantage, and H the entropy.
+the equations A is the advantage.
 """
 
 import math
@@ -35,7 +35,7 @@ from torch.distributions import Categorical, Independent, Normal, kl_divergence
 from run.checkpoint import Checkpoint
 from run.folder import Run
 from run.machine import average_gradients, gather
-from run.options import apply_preset, make_envs
+from run.options import apply_preset, fix, make_envs
 from run.policies import constant, sample
 from run.returns import ValueNorm, explained_variance, play
 from run.terminal import command_line, print_table
@@ -62,24 +62,24 @@ class Args:
     num_minibatches: int | None = None  # per epoch; they split steps, or whole sequences if recurrent
     update_epochs: int | None = None  # passes over each rollout
     clip_coef: float = 0.2  # epsilon of Eq. 9 and 10: the importance ratio's clip
-    ent_coef: float | None = None  # c_ent of Eq. 9: the guider's entropy bonus at the start
+    ent_coef: float | None = None  # c_ent of Eq. 9: weight of the entropy bonus at the start
     vf_coef: float = 0.5  # c_v of Eq. 9: weight of the value loss
     max_grad_norm: float | None = None  # limit of the gradient's norm, of guider and of learners apart
     # MAGPO
     algo: Literal["magpo", "mappo", "ctds"] = "magpo"  # mappo: PPO on the learners; ctds: delta inf and lam 0
-    delta: float | None = None  # delta of Eq. 9, above 1: 1/delta <= mu/pi <= delta; inf for no bound
+    delta: float | None = None  # delta of Eq. 9, above 1: 1/delta <= mu/pi <= delta; inf: none, as with reset
     lam: float | None = None  # lambda of Eq. 10: weight of the learners' own RL loss
     backtracking: Literal["soft", "reset"] = "soft"  # step 4: soft is the bound, reset the theory's mu := pi
     recurrent: bool = False  # give guider and learners a memory, a GRU over time
     embed_dim: int = 32  # width of the guider's and the critic's attention
-    action_std: float | None = None  # std of the guider's action embeddings at first
-    hidden_dim: int = 64  # H, features of an observation; two layers, twice as wide, stand in front
+    action_std: float | None = None  # std of the guider's action embeddings at first; 1 with reset
+    hidden_dim: int = 64  # H, features of an observation; the two layers before them are twice as wide
     # Run
     seed: int = 1  # seed of everything random, environments included
     cuda: bool = False  # train on the GPU, if there is one
     torch_deterministic: bool = True  # PyTorch's deterministic algorithms; a warning where there is none
     torch_threads: int = 1  # CPU threads of PyTorch; networks this small are slower with a second one
-    compile: bool = False  # torch.compile the networks of the update; for GPUs
+    compile: bool = False  # torch.compile the networks' forward(); for GPUs
     runs_dir: str = "runs"  # folder that receives this run's folder
     save_every: int = 25  # iterations between two checkpoints
     eval_every: int | None = None  # iterations between two evaluations of the learners
@@ -91,16 +91,16 @@ class Args:
     def __post_init__(self):
         apply_preset(self)
         if self.algo == "mappo":  # Eq. 9 with mu = pi is PPO already
-            self.lam = 0.0
+            fix(self, lam=0.0)
         if self.algo == "ctds" or self.backtracking == "reset":  # baseline and theory: no bound, no RL loss
-            self.delta, self.lam = math.inf, 0.0
-        if self.backtracking == "reset":  # the correction alone moves mu, so it must feel the actions at once
-            self.action_std = 1.0
+            fix(self, delta=math.inf, lam=0.0)
+        if self.backtracking == "reset":  # a correction of zero sends the actions' embeddings no gradient
+            fix(self, action_std=1.0)
 
 
 # --- Networks -----------------------------------------------------------------------------------------------
 def linear(inputs, outputs, gain):
-    """Orthogonal weights at first, bias zero. Gain 5/3 suits tanh; 0.1 starts a policy nearly uniform."""
+    """Orthogonal weights at first, bias zero. Gain 5/3 suits tanh; with 0.1 outputs start near zero."""
     layer = nn.Linear(inputs, outputs)
     nn.init.orthogonal_(layer.weight, gain)
     nn.init.zeros_(layer.bias)
@@ -109,10 +109,10 @@ def linear(inputs, outputs, gain):
 
 def distribution(logits, continuous, action_mask=None):
     """Policy of every agent: Categorical from (..., N, A), or diagonal Gaussian from (..., N, 2 A)."""
-    if not continuous:  # -1e9 is minus infinity enough, and keeps entropy and KL finite
+    if not continuous:  # -1e9 is minus infinity enough: masked actions leave entropy and KL finite
         return Categorical(logits=logits if action_mask is None else logits.masked_fill(~action_mask, -1e9))
-    # Actions lie in [0, 1]. Softsign bounds mean and deviation, and has a gradient everywhere that leads back
-    shift, width = nn.functional.softsign(logits).chunk(2, -1)  # both in (-1, 1)
+    # Environments clip actions to [0, 1]. Softsign is a bound with a gradient everywhere, which leads back
+    shift, width = nn.functional.softsign(logits).chunk(2, -1)  # both in (-1, 1); mean in (-0.5, 1.5)
     return Independent(Normal(0.5 + shift, (2.5 * width - 1.5).exp()), 1)
 
 
@@ -120,14 +120,14 @@ def new_memory(args, envs):
     """`memory` of every network, at the start of an episode in all copies -> hidden, starts.
 
     hidden: (E, N, 3, H), or (E, N, 3, 0) if not recurrent: GRU states, one for each `slot` of an ObsEncoder.
-    starts: (E,) or (T, E) bool, the observations that begin an episode. There the state counts as zero.
+    starts: (E,) bool, or (T, E) of T steps, the observations that begin an episode: their state is zero.
     """
     E, N, _ = envs.observation_space.shape
     hidden = torch.zeros(E, N, 3, args.hidden_dim if args.recurrent else 0, device=envs.device)
     return hidden, torch.ones(E, dtype=torch.bool, device=envs.device)
 
 
-def remember(guider, learner, obs, memory):
+def next_hidden(guider, learner, obs, memory):
     """Hidden states (E, N, 3, H) after obs (E, N, D). Encodes anew, so that no policy need return them."""
     if learner.obs_encoder.gru is None:
         return memory[0]
@@ -158,13 +158,13 @@ class ObsEncoder(nn.Module):
         if self.gru is None:
             return x
         hidden, starts = memory[0][..., self.slot, :], memory[1]
-        states = []
-        # obs is one step, with the leading dimensions of hidden, or T steps
+        outputs = []
+        # One step, if starts has the leading dimensions of hidden; with one dimension more, T steps
         for x_t, start in zip(x.view(-1, *hidden.shape), starts.view(-1, *hidden.shape[:-2]), strict=True):
             hidden = hidden * ~start[..., None, None]
             hidden = self.gru(x_t.flatten(0, -2), hidden.flatten(0, -2)).view_as(hidden)
-            states.append(hidden)
-        return torch.stack(states).view_as(x)
+            outputs.append(hidden)
+        return torch.stack(outputs).view_as(x)
 
 
 class Block(nn.Module):
@@ -178,16 +178,16 @@ class Block(nn.Module):
         self.norm_2 = nn.LayerNorm(dim)
         self.mlp = nn.Sequential(linear(dim, 2 * dim, 5 / 3), nn.Tanh(), nn.Linear(2 * dim, dim))
 
-    def forward(self, x, causal=False, past=None):
+    def forward(self, x, causal=False, cache=None):
         """x (..., N, C) -> x (..., N, C), (keys, values).
 
         causal: agent j attends to agents 1..j only.
-        past: keys and values of the agents before x, which is then the next agent alone.
+        cache: keys and values of the agents before x, which is then the next agent alone.
         """
         q, k, v = self.qkv(self.norm_1(x)).chunk(3, -1)  # each (..., N, C)
-        if past is not None:
-            k = torch.cat([past[0], k], -2)  # (..., agents so far, C)
-            v = torch.cat([past[1], v], -2)
+        if cache is not None:
+            k = torch.cat([cache[0], k], -2)  # (..., agents so far, C)
+            v = torch.cat([cache[1], v], -2)
         scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])  # (..., N, agents)
         if causal:
             later = torch.ones_like(scores, dtype=torch.bool).triu(1)
@@ -270,15 +270,15 @@ class Guider(nn.Module):
         """Sample, agent by agent: obs (..., N, D) -> actions (..., N[, A]), logprobs, values (..., N)."""
         encoded, values = self.encode(obs, state, memory)
         own_logits = self.own.logits(obs, memory)
-        before, past, actions, logprobs = self.no_action, None, [], []
+        previous, cache, actions, logprobs = self.no_action, None, [], []
         for j in range(obs.shape[-2]):
-            decoded, past = self.decoder(encoded[..., j : j + 1, :] + before, past=past)
+            decoded, cache = self.decoder(encoded[..., j : j + 1, :] + previous, cache=cache)
             logits = own_logits[..., j : j + 1, :] + self.correction_head(decoded)  # (..., 1, A)
             mask = None if action_mask is None else action_mask[..., j : j + 1, :]
             mu_j = distribution(logits, self.continuous, mask)
             actions.append(sample(mu_j))  # (..., 1[, A])
             logprobs.append(mu_j.log_prob(actions[-1]))
-            before = self.action_token(actions[-1])
+            previous = self.action_token(actions[-1])
         agents_axis = obs.dim() - 2
         return torch.cat(actions, agents_axis), torch.cat(logprobs, agents_axis), values
 
@@ -346,9 +346,9 @@ def learner_loss(log_pi, log_mu_old, advantages, kl, clip_coef, lam):
 
 
 def backtrack(guider, learner):
-    """Step 4 to the letter, mu := pi: the guider's own policy becomes the learners', its correction zero.
+    """Step 4, mu := pi: the guider's own policy becomes the learners', its correction zero. Adam goes on.
 
-    `own` is frozen for the whole run: the correction alone moves mu away from pi.
+    `own` is frozen for the whole run: the correction alone moves mu away from pi, and their memories agree.
     """
     guider.own.load_state_dict(learner.state_dict())
     guider.own.requires_grad_(False)
@@ -380,11 +380,11 @@ def estimate_advantages(buffer, guider, value_norm, args):
     next_values = value_norm.denormalize(next_values)
     rewards, *ends = (buffer[name] for name in ("rewards", "terminations", "truncations"))
     advantages, returns = compute_gae(rewards, values, next_values, *ends, args.gamma, args.gae_lambda)
-    all_advantages, all_returns = gather(advantages), gather(returns)
+    all_advantages, all_returns = gather(advantages), gather(returns)  # of all copies
     critic_fit = explained_variance(all_returns, all_advantages)  # its errors are returns - values
     value_norm.update(all_returns)
     center, spread = all_advantages.mean(), all_advantages.std(correction=0)
-    least = 1e-8 * value_norm.stats()[1]  # so that advantages are 0 where all are equal, in any unit
+    least = 1e-8 * value_norm.stats()[1]  # of the returns' deviation: no division by zero, in any unit
     return (advantages - center) / (spread + least), value_norm.normalize(returns), critic_fit
 
 
@@ -396,7 +396,7 @@ def train(args, stop=()):
     """
     run = Run(args)  # its folder, checkpoints, processes, device and seed: see run/
     args, device = run.args, run.device  # a resumed run has its own options
-    envs = make_envs(args, run.num_envs, device)
+    envs = make_envs(args, run.num_envs, device)  # run.num_envs: this process's share of E
     guider, learner = run.networks(build, envs)
     parameters = [*guider.parameters(), *learner.parameters()]
     optimizer = torch.optim.Adam(parameters, args.learning_rate, eps=1e-5, fused=True)
@@ -404,8 +404,8 @@ def train(args, stop=()):
     if args.backtracking == "reset":
         backtrack(guider, learner)  # the first rollout, too, is pi's
     parts = dict(guider=guider, learner=learner, optimizer=optimizer, value_norm=value_norm)
-    episodes_so_far, memory = run.restore(envs, new_memory(args, envs), **parts)  # where a resumed run stood
-    obs, infos = envs.reset(seed=run.seed, options=episodes_so_far)
+    resume_at, memory = run.restore(envs, new_memory(args, envs), **parts)  # None, or a resumed run's
+    obs, infos = envs.reset(seed=run.seed, options=resume_at)
 
     for iteration in run.iterations(envs, stop):
         remaining = 1 - (iteration - 1) / run.num_iterations if args.anneal_lr else 1.0
@@ -415,25 +415,25 @@ def train(args, stop=()):
         steps = []
         with torch.no_grad():
             for _ in range(args.num_steps):
-                mask, state = infos.get("action_mask"), infos.get("state")
+                allowed, state = infos.get("action_mask"), infos.get("state")
                 if args.algo == "mappo":
-                    pi = learner(obs, mask, memory)
+                    pi = learner(obs, allowed, memory)
                     actions = sample(pi)
                     logprobs = pi.log_prob(actions)
                     _, values = guider.encode(obs, state, memory)
                 else:
-                    actions, logprobs, values = guider.act(obs, mask, state, memory)
-                hidden = remember(guider, learner, obs, memory)
-                # Where an episode is over, next_obs begins a new one, and final_obs is what the step led to
+                    actions, logprobs, values = guider.act(obs, allowed, state, memory)
+                hidden = next_hidden(guider, learner, obs, memory)
+                # Where an episode is over, next_obs begins a new one; final_obs is what each step led to
                 next_obs, rewards, terminations, truncations, infos = envs.step(actions)
                 over = terminations | truncations
                 steps.append(dict(
-                    obs=obs, action_mask=mask, state=state, hidden=memory[0], starts=memory[1],
+                    obs=obs, action_mask=allowed, state=state, hidden=memory[0], starts=memory[1],
                     actions=actions, logprobs=logprobs, values=values,
                     rewards=rewards[:, None],
                     terminations=terminations[:, None], truncations=truncations[:, None],
                     final_obs=infos["final_obs"], final_state=infos.get("final_state"), final_hidden=hidden,
-                    episode_return=run.ended_returns(rewards, over),
+                    episode_return=run.ended_returns(rewards, over),  # sums up; nan where none ends
                 ))  # fmt: skip
                 obs, memory = next_obs, (hidden, over)
             # The rollout buffer, each (T, E, ...)
@@ -448,22 +448,22 @@ def train(args, stop=()):
         for _ in range(args.update_epochs):
             for index in torch.randperm(batch["obs"].shape[1], device=device).chunk(args.num_minibatches):
                 b = {k: x[:, index] for k, x in batch.items()}
-                mask, state = b.get("action_mask"), b.get("state")
+                allowed, state = b.get("action_mask"), b.get("state")
                 start_memory = b["hidden"][0], b["starts"]
 
                 # Both losses are computed at the same parameters, then both networks take their step
-                pi = learner(b["obs"], mask, start_memory)
-                if args.algo == "mappo":  # mu = pi: inner clip, m and KL vanish, and Eq. 9 is PPO
+                pi = learner(b["obs"], allowed, start_memory)
+                if args.algo == "mappo":  # mu = pi: inner clip, m and the KLs vanish, and Eq. 9 is PPO
                     mu = pi
                     _, new_values = guider.encode(b["obs"], state, start_memory)
                 else:
-                    mu, new_values = guider(b["obs"], b["actions"], mask, state, start_memory)
+                    mu, new_values = guider(b["obs"], b["actions"], allowed, state, start_memory)
                 log_mu, log_pi = mu.log_prob(b["actions"]), pi.log_prob(b["actions"])  # (1 or T, batch, N)
                 log_mu_old, advantages = b["logprobs"], b["advantages"]
 
                 # Step 2, guider update (Eq. 9): pi is a constant
                 kl_mu = kl_divergence(mu, constant(pi))
-                loss_mu, mask_frac, clip_frac = guider_loss(
+                loss_mu, m_frac, clip_frac = guider_loss(
                     log_mu, log_pi, log_mu_old, advantages, kl_mu, args.clip_coef, args.delta
                 )
                 entropy = mu.entropy().mean()
@@ -481,7 +481,7 @@ def train(args, stop=()):
                 optimizer.step()
                 metrics.append(dict(
                     guider_loss=loss_mu, learner_loss=loss_pi, value_loss=loss_v, kl=kl_pi.mean(),
-                    entropy=entropy, mask_frac=mask_frac, clip_frac=clip_frac,
+                    entropy=entropy, mask_frac=m_frac, clip_frac=clip_frac,
                     guider_grad_norm=norm_mu, learner_grad_norm=norm_pi,
                 ))  # fmt: skip
 
@@ -515,12 +515,12 @@ def evaluate(args, guider, learner, policy, episodes, seed, stop=()):
         raise ValueError(f"policy must be guider, learner or learner_greedy, but is {policy!r}.")
 
     def act(obs, infos, memory):
-        mask, state = infos.get("action_mask"), infos.get("state")
-        hidden = remember(guider, learner, obs, memory)
+        allowed, state = infos.get("action_mask"), infos.get("state")
+        hidden = next_hidden(guider, learner, obs, memory)
         if policy == "guider":
-            return guider.act(obs, mask, state, memory)[0], hidden
-        pi = learner(obs, mask, memory)
-        return sample(pi) if policy == "learner" else pi.mode, hidden
+            return guider.act(obs, allowed, state, memory)[0], hidden
+        pi = learner(obs, allowed, memory)
+        return (sample(pi) if policy == "learner" else pi.mode), hidden
 
     device = next(learner.parameters()).device
     with closing(make_envs(args, min(episodes, args.num_envs), device)) as envs:

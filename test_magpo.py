@@ -168,7 +168,7 @@ def test_memory_over_a_rollout_equals_step_by_step():
         assert_close(pi_t.logits, pi.logits[t])
         assert_close(mu_t.logits, mu.logits[t])
         assert_close(values_t, values[t])
-        hidden = magpo.remember(guider, learner, obs[t], memory)
+        hidden = magpo.next_hidden(guider, learner, obs[t], memory)
 
 
 def test_memory_lasts_within_an_episode_and_ends_with_it():

@@ -63,6 +63,17 @@ def apply_preset(args):
     check_values(args)
 
 
+def fix(args, **values):
+    """Set options that algo or backtracking decides. ValueError if one was given with another value."""
+    for name, value in values.items():
+        if name in args.given and getattr(args, name) != value:
+            which = (
+                f"algo {args.algo}" if args.backtracking == "soft" else f"backtracking {args.backtracking}"
+            )
+            raise ValueError(f"{name} is always {value:g} with {which}: leave it out.")
+        setattr(args, name, value)
+
+
 def check_together(given):
     """Raise ValueError if options, by name, are given together with resume or eval and cannot count."""
     for name, others in BESIDE.items():

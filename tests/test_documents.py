@@ -267,7 +267,7 @@ def test_the_snippet_acts_as_the_learners_do(recurrent, tmp_path, capsys):
         rows = torch.stack([torch.as_tensor(obs[name]) for name in game.agents]).unsqueeze(0)
         with torch.no_grad():
             actions = learner(rows, memory=memory).mode[0].tolist()
-            memory = magpo.remember(guider, learner, rows, memory), torch.tensor([False])
+            memory = magpo.next_hidden(guider, learner, rows, memory), torch.tensor([False])
         obs, rewards, *_ = game.step(dict(zip(game.agents, actions, strict=True)))
         total += sum(rewards.values()) / 3
     assert seen == pytest.approx(total, abs=0.01)

@@ -161,6 +161,9 @@ REFUSED = {  # in Python
         dict(embed_dim=0), dict(learning_rate=0.0), dict(delta=-math.inf), dict(lam=-1.0), dict(seed=-1),
     ],
     "seed must be below": [dict(seed=2**32)],
+    "lam is always 0 with algo mappo: leave it out": [dict(algo="mappo", lam=1.0)],
+    "delta is always inf with algo ctds": [dict(algo="ctds", delta=1.2)],
+    "action_std is always 1 with backtracking reset": [dict(backtracking="reset", action_std=0.2)],
     "torch_threads is 100000": [dict(torch_threads=100000)],
     "goes by the run's own options: leave out": [dict(resume="R", seed=5), dict(eval="R", algo="mappo")],
 }  # fmt: skip
@@ -171,7 +174,7 @@ REFUSED = {  # in Python
     [(s, given) for s, many in REFUSED.items() for given in many],
     ids=lambda x: str(x)[:40],
 )
-def test_h_values_of_the_wrong_type_or_range(sentence, given):
+def test_h_values_that_cannot_be(sentence, given):
     with pytest.raises(ValueError, match=sentence) as error:
         magpo.Args(**given)
     assert "\n" not in str(error.value) and len(str(error.value)) < 200

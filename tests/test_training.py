@@ -352,7 +352,8 @@ def replay(networks, log, algo="magpo"):
 )
 def test_training_on_what_was_seen(algo, bound, weight, recurrent, chaos):
     """Networks held still: in every iteration the equations get what a replay of the run gives."""
-    seen = chaos(algo=algo, recurrent=recurrent, learning_rate=1e-30, delta=1.3, lam=0.7, gae_lambda=0.95)
+    options = dict(magpo=dict(delta=1.3, lam=0.7), mappo=dict(delta=1.3), ctds={})[algo]
+    seen = chaos(algo=algo, recurrent=recurrent, learning_rate=1e-30, gae_lambda=0.95, **options)
     args = seen["args"]
     mu, pi, values, next_values, whole = replay(seen["networks"], seen["log"], algo)
     log_mu, log_pi = mu.log_prob(whole["actions"]), pi.log_prob(whole["actions"])
