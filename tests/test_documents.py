@@ -63,6 +63,7 @@ RUN_BY = {  # the tests that run the others
     "python results/watch.py": "test_watch_films_what_the_learners_do",
     "python results/make.py sweep": "test_sweeps_go_on_where_they_stopped",
     "python results/make.py tables": "test_the_tables_of_results_are_printed",
+    "python results/make.py halfway": "test_halfway_is_where_each_run_first_stands_at_half_of_mappos_best",
     "python results/make.py draw": "test_every_picture_is_drawn",
     "python results/make.py record": "test_the_record_is_measured_and_printed",
     "python results/make.py random": "test_random_play_is_written_down",
@@ -190,7 +191,7 @@ def test_the_tutorials_tables_are_printed(capsys):
         assert seen == pytest.approx([x for pair in numbers for x in pair], abs=0.5)
     make.tables()
     printed = capsys.readouterr().out
-    parts = TEXTS["TUTORIAL.md"].split("| `coordsum_3x10`, three seeds")[1].split("Climbing is a table")[0]
+    parts = TEXTS["TUTORIAL.md"].split("| `coordsum_3x10`, five seeds")[1].split("Climbing is a table")[0]
     means = re.findall(r"\d+\.\d\d", "".join(re.findall(r"^\|.*", parts, re.M)))
     assert len(means) == 9 and all(re.search(rf"\b{mean}\b", printed) for mean in means)
 
