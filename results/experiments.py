@@ -38,10 +38,7 @@ RANDOM = dict.fromkeys(OTHERS, 512) | dict.fromkeys(LONG, 32)  # episodes of ran
 
 
 LONGER = (  # more steps of what the presets end too early
-    *(
-        dict(env="coordsum_3x10_official", algo=algo, total_timesteps=1_000_000)
-        for algo in ("magpo", "mappo")
-    ),
+    dict(env="coordsum_3x10_official", algo="magpo", total_timesteps=1_000_000),
     *(dict(env="coordsum_8x15", algo=algo, total_timesteps=640_000) for algo in ALGOS),
     dict(env="coordsum_8x15", algo="mappo", learning_rate=6e-3, total_timesteps=640_000),
     dict(env="rware:tiny-2ag", algo="magpo", total_timesteps=5_000_000),
