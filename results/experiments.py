@@ -68,7 +68,7 @@ EXPERIMENTS = {
     "sum10": grid(FIVE, env="matrix_sum10", algo=ALGOS),
     "matrix": grid(FIVE, env=MATRIX, algo=ALGOS),
     "delta_matrix": grid(FIVE, env=("matrix_climbing", "matrix_sum10"), delta=DELTAS),
-    "delta_coordsum": grid(THREE, env="coordsum_3x10", delta=DELTAS),
+    "delta_coordsum": grid(FIVE, env="coordsum_3x10", delta=DELTAS),
     "delta_lambda": grid(THREE, env="matrix_sum10", delta=(*DELTAS[:4], math.inf), lam=(0.0, 0.5, 2.0, 8.0)),
     "backtracking": grid(THREE, env="coordsum_3x10", backtracking=("soft", "reset"), total_timesteps=240_000)
     + grid((1, 2), env="mpe_spread", backtracking=("soft", "reset"), total_timesteps=512_000),
