@@ -16,6 +16,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import magpo
+from envs import EnvFailure
 
 
 class Logits(torch.nn.Module):
@@ -36,7 +37,9 @@ def export(run, out, **changes):
         raise ValueError(f"{run} has a memory, which an exported program would have to carry.")
     encoder = learner.obs_encoder
     example = torch.zeros(len(encoder.agent_id), encoder.obs_in.in_features)  # (N, D)
-    torch.export.save(torch.export.export(Logits(learner), (example,)), out)
+    program = torch.export.export(Logits(learner), (example,))
+    with open(out, "wb") as file:  # a path would end in a RuntimeError where it cannot be written
+        torch.export.save(program, file)
 
 
 def main():
@@ -48,7 +51,7 @@ def main():
     options = vars(parser.parse_args())
     try:
         export(**options)
-    except (ValueError, OSError) as error:
+    except (ValueError, EnvFailure, OSError) as error:
         print(f"export.py: {error}", file=sys.stderr)
         sys.exit(2)
     print(f"{options['out']} is written.")

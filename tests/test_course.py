@@ -100,6 +100,22 @@ def test_wrong_words_end_in_one_sentence(words, tmp_path):
 
 
 @in_clone
+def test_a_random_bug_is_one_of_the_five(tmp_path, monkeypatch):
+    monkeypatch.setattr(handout.random, "choice", lambda numbers: numbers[1])
+    handout.bug("random", tmp_path / "random")
+    handout.bug("2", tmp_path / "second")
+    sources = [(tmp_path / name / "magpo.py").read_text() for name in ("random", "second")]
+    assert sources[0] == sources[1] != (ROOT / "magpo.py").read_text()
+
+
+def test_a_handout_says_that_it_has_no_bugs(tmp_path, monkeypatch):
+    monkeypatch.setattr(handout, "BUGS", {})
+    for number in ("2", "random"):
+        with pytest.raises(ValueError, match="A hand-out holds no bugs"):
+            handout.bug(number, tmp_path / "bug")
+
+
+@in_clone
 @pytest.mark.slow
 def test_the_documented_commands_run_as_written(tmp_path):
     """In a folder of the test's own instead of the one beside the project. Each pytest line finds tests."""

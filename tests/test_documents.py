@@ -284,8 +284,14 @@ def test_an_exported_learner_needs_no_project(tmp_path):
     assert result.returncode == 0, result.stderr
     seen = torch.tensor(eval(result.stdout.splitlines()[-1]))
     torch.testing.assert_close(seen, magpo.load(path)[2].logits(torch.ones(3, 18)))
-    for wrong in (train(tmp_path, recurrent=True), tmp_path / "none"):
-        result = run(f"python {ROOT}/results/export.py {wrong} {out}", tmp_path)
+    recurrent = train(tmp_path, recurrent=True)
+    for words in (
+        f"{recurrent} {out}",
+        f"{tmp_path}/none {out}",
+        f"{path} {tmp_path}/no/x",
+        f"{path} {tmp_path}",
+    ):
+        result = run(f"python {ROOT}/results/export.py {words}", tmp_path)
         assert result.returncode == 2 and result.stderr.count("\n") == 1, result.stderr
 
 
