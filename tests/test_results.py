@@ -470,14 +470,17 @@ def test_watch_films_foraging(runs, tmp_path):
 
 
 @pytest.mark.parametrize("env", ["coordsum_3x10", "matrix_climbing"])
-def test_watch_draws_what_to_expect(env, runs, tmp_path):
-    """The number in the picture is the payoff that sampling finds."""
-    run, path = runs(env), tmp_path / "picture.png"
+def test_watch_draws_what_to_expect(env, runs, tmp_path, monkeypatch):
+    """The number in the picture is the payoff that sampling finds, where learners see what the game shows."""
+    run, path, shown = runs(env), tmp_path / "picture.png", []
+    args, guider, learner = magpo.load(run)
+    learner.register_forward_pre_hook(lambda _, inputs: shown.append(inputs[0]))
+    monkeypatch.setattr(magpo, "load", lambda run: (args, guider, learner))
     (number,) = watch.watch(run, path)
-    _, _, learner = magpo.load(run)
     obs, _ = envs.make(env, 4096).reset(seed=0)  # so many that every target is there
     M = obs.shape[-1]
     first = [(obs[:, 0].argmax(-1) == target).nonzero()[0] for target in range(M)]
+    assert torch.equal(shown[0], obs[torch.cat(first)])
     actions = learner(obs[torch.cat(first)]).sample((40_000 // M,))  # (S, M, N)
     if M > 1:
         payoff = (actions.sum(-1) == torch.arange(M)).double()
