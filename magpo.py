@@ -32,13 +32,13 @@ import torch
 import torch.nn as nn
 from torch.distributions import Categorical, Independent, Normal, kl_divergence
 
-from run.checkpoint import Checkpoint
-from run.folder import Run
-from run.machine import average_gradients, gather
-from run.options import apply_preset, fix, make_envs
-from run.policies import constant, sample
-from run.returns import ValueNorm, explained_variance, play
-from run.terminal import command_line, print_table
+from run import Run
+from support.checkpoint import Checkpoint
+from support.machine import average_gradients, gather
+from support.options import apply_preset, fix, make_envs
+from support.policies import constant, sample
+from support.returns import ValueNorm, explained_variance, play
+from support.terminal import command_line, print_table
 
 
 # The comments inside are also the text of --help
@@ -90,8 +90,8 @@ class Args:
 
     def __post_init__(self):
         apply_preset(self)
-        if self.algo == "mappo":  # Eq. 9 with mu = pi is PPO already
-            fix(self, lam=0.0)
+        if self.algo == "mappo":  # Eq. 9 with mu = pi is PPO already, without a bound and action embeddings
+            fix(self, delta=math.inf, lam=0.0, action_std=1.0)
         if self.algo == "ctds" or self.backtracking == "reset":  # baseline and theory: no bound, no RL loss
             fix(self, delta=math.inf, lam=0.0)
         if self.backtracking == "reset":  # a correction of zero sends the actions' embeddings no gradient
@@ -394,7 +394,7 @@ def train(args, stop=()):
     stop: a list, filled by Ctrl-C. Once something is in it, training ends after the iteration.
     Raises ValueError (options), FloatingPointError (numbers), EnvFailure (environment) and OSError (files).
     """
-    run = Run(args)  # its folder, checkpoints, processes, device and seed: see run/
+    run = Run(args)  # its folder, checkpoints, processes, device and seed: see run.py
     args, device = run.args, run.device  # a resumed run has its own options
     envs = make_envs(args, run.num_envs, device)  # run.num_envs: this process's share of E
     guider, learner = run.networks(build, envs)

@@ -40,7 +40,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import envs
 import magpo
 from results import compare, make
-from run import terminal
+from support import terminal
 
 SIZES = (3, 5, 10, 20, 50, 100)
 SCORES = (0.60, 0.90)

@@ -323,7 +323,7 @@ STOPPED = """if True:
     import os, runpy, signal, sys
     sys.path.insert(0, os.path.dirname(sys.argv[1]))
     sys.argv = sys.argv[1:]
-    from run.folder import Run
+    from run import Run
     log = Run.log
     def log_and_stop(self, iteration, row):
         log(self, iteration, row)

@@ -26,8 +26,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import envs
 import magpo
 from adapters import python_envs
-from run import checkpoint, machine, options, terminal
-from run.folder import Run
+from run import Run
+from support import checkpoint, machine, options, terminal
 
 HERE = Path(__file__).parent.parent
 torch.set_num_threads(1)
@@ -162,6 +162,8 @@ REFUSED = {  # in Python
     ],
     "seed must be below": [dict(seed=2**32)],
     "lam is always 0 with algo mappo: leave it out": [dict(algo="mappo", lam=1.0)],
+    "delta is always inf with algo mappo": [dict(algo="mappo", delta=1.3)],
+    "action_std is always 1 with algo mappo": [dict(algo="mappo", action_std=0.1)],
     "delta is always inf with algo ctds": [dict(algo="ctds", delta=1.2)],
     "action_std is always 1 with backtracking reset": [dict(backtracking="reset", action_std=0.2)],
     "torch_threads is 100000": [dict(torch_threads=100000)],
@@ -298,15 +300,16 @@ def test_seeds_repeat_and_differ(env, tmp_path):
 
 
 def test_track_is_one_call_and_a_missing_package_one_sentence(main, tmp_path, monkeypatch):
-    calls = []
-    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=lambda **how: calls.append(how)))
+    calls, wandb = [], types.ModuleType("wandb")
+    wandb.init, wandb.__spec__ = lambda **how: calls.append(how), "found"
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
     folder = train(tmp_path, track=True)
     assert (
         calls[0]["name"] == folder.name and calls[0]["sync_tensorboard"] and calls[0]["config"]["seed"] == 1
     )
     monkeypatch.setitem(sys.modules, "wandb", None)
     code, _, err = main("--track", "--runs-dir", tmp_path / "new")
-    assert code == 2 and err.endswith("magpo.py: --track needs the package wandb: pip install wandb.\n")
+    assert code == 2 and err.endswith("magpo.py: track needs the package wandb: pip install wandb.\n")
     assert not (tmp_path / "new").exists()
 
 
@@ -568,7 +571,7 @@ def test_j_what_is_no_checkpoint(garbage, option, trained, tmp_path, main):
     elif garbage == "cut":
         path.write_bytes((trained / "checkpoint.pt").read_bytes()[:-200])
     elif garbage is Runs:
-        torch.save(dict(version=2, args=Runs(tmp_path / "pwned")), path)
+        torch.save(dict(version=4, args=Runs(tmp_path / "pwned")), path)
     elif garbage != "none":
         torch.save(garbage, path)
     refused(option, f"{path} cannot be read as a checkpoint", tmp_path, main)
@@ -838,8 +841,8 @@ def threads_left():
     print("threads:", names, file=sys.stderr)
 atexit.register(threads_left)  # first in, last out
 import torch, magpo
-from run.folder import Run
-from run.machine import RANK, WORLD
+from run import Run
+from support.machine import RANK, WORLD
 folder, mode, saved, stop = sys.argv[1], sys.argv[2], {}, []
 build = magpo.build
 magpo.build = lambda *x: saved.setdefault("nets", build(*x))
@@ -923,7 +926,6 @@ def test_b_ranks_have_random_numbers_of_their_own(monkeypatch, tmp_path):
     """PyTorch's generator heeds 32 bits of a seed only: ranks are told apart by their first numbers."""
     drawn = set()
     for rank in range(3):
-        monkeypatch.setattr("run.folder.RANK", rank)
         monkeypatch.setattr(machine, "RANK", rank)
         monkeypatch.setattr(sys, "stdout", sys.stdout)
         a_run = Run(args := magpo.Args(env="mpe_spread", num_envs=16, runs_dir=str(tmp_path)))

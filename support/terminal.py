@@ -14,8 +14,8 @@ import torch
 from tqdm import tqdm
 
 from envs import ELSEWHERE, ENVS, EnvFailure
-from run.folder import Run
-from run.options import BESIDE, DEFAULTS, affordable, check_together, make_envs
+from run import Run
+from support.options import BESIDE, DEFAULTS, affordable, check_together, make_envs
 
 
 def number(text):

@@ -1,7 +1,6 @@
-"""What surrounds the algorithm, in seven rooms. magpo.py's reader need not open them.
+"""What run.py and the command line are made of. magpo.py's reader need not open these rooms.
 
 options     what a preset fills in, and what cannot work
-folder      metrics, logs, and what a resumed run goes on from
 checkpoint  a file of numbers and options, read without running code of the file's
 machine     processes, devices, random numbers, one owner for a folder
 policies    what PyTorch's distributions lack

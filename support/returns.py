@@ -5,8 +5,8 @@ import math
 import torch
 import torch.nn as nn
 
-from run.machine import seeded
-from run.terminal import progress
+from support.machine import seeded
+from support.terminal import progress
 
 
 class ValueNorm(nn.Module):

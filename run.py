@@ -1,4 +1,7 @@
-"""What surrounds a run: its folder with metrics and checkpoints, and where it stands."""
+"""What surrounds a run: its folder with metrics and checkpoints, and where it stands.
+
+magpo.py's reader need not open it. What it is made of has rooms in support/.
+"""
 
 import csv
 import json
@@ -13,9 +16,9 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from run.checkpoint import Checkpoint, check_like, write
-from run.machine import RANK, WORLD, gather, generator, lock, own_seed, seed_everything, share, start_device
-from run.options import affordable, resolved, to_resume, validate
+from support import machine
+from support.checkpoint import Checkpoint, check_like, write
+from support.options import affordable, likely_cause, resolved, to_resume, validate
 
 
 class Run:
@@ -38,17 +41,17 @@ class Run:
             args = self.checkpoint.resumed(args)
             self.iteration, self.rows = self.checkpoint.iteration, self.checkpoint.rows
         validate(args)
-        self.args, self.leads, self.num_envs = args, RANK == 0, args.num_envs // WORLD
+        self.args, self.leads, self.num_envs = args, machine.RANK == 0, args.num_envs // machine.WORLD
         if not self.leads:
             sys.stdout = open(os.devnull, "w")
-        self.device = start_device(args)
+        self.device = machine.start_device(args)
         self.samples = args.num_envs * args.num_steps
         self.num_iterations = args.total_timesteps // self.samples
         self.saved = self.iteration
         name = f"{args.env}__{args.algo}__{args.seed}__{time.time():.2f}".replace(":", "_").replace("/", "_")
         self.path = self.checkpoint.path.parent if self.checkpoint else Path(args.runs_dir) / name
-        self.seed = own_seed(args.seed, self.iteration)
-        seed_everything(args.seed)  # all processes build the same networks
+        self.seed = machine.own_seed(args.seed, self.iteration)
+        machine.seed_everything(args.seed)  # all processes build the same networks
 
     def networks(self, build, envs):
         """build(args, envs) on the run's device, of a resumed run with its weights; compiled if asked for.
@@ -72,7 +75,7 @@ class Run:
         self.parts, episodes = parts, None
         self.episode_return = torch.zeros(self.num_envs, device=self.device)  # so far, in each copy
         if self.seed != self.args.seed:
-            seed_everything(self.seed)
+            machine.seed_everything(self.seed)
         if self.checkpoint:
             partly = self.args.algo == "mappo" or self.args.backtracking == "reset"
             with self.checkpoint.fitting():
@@ -85,37 +88,34 @@ class Run:
 
     def here(self, envs, memory):
         """Where the episodes stand -> dict; empty where that cannot be saved."""
-        if WORLD > 1 or not (stand := envs.state_dict()):
+        if machine.WORLD > 1 or not (stand := envs.state_dict()):
             return {}
         here = dict(envs=stand, memory=memory, episode_return=self.episode_return)
-        return here | dict(generator=generator(self.device).get_state(), device=self.device.type)
+        return here | dict(generator=machine.generator(self.device).get_state(), device=self.device.type)
 
     def load_episodes(self, envs, memory):
         """Go on where the episodes stood -> what restore returns."""
         here = self.checkpoint.saved["here"]
-        if WORLD > 1 or here.get("device") != self.device.type:
-            print(
-                "Episodes start anew: these environments cannot be saved, or the device or torchrun changed."
-            )
+        if machine.WORLD > 1 or here.get("device") != self.device.type:
+            why = "these environments cannot be saved, or the device or torchrun changed"
+            print(f"Episodes start anew: {why}.")
             return None, memory
         envs.reset(seed=self.seed)
         check_like(here, self.here(envs, memory), "here")
         envs.reset(seed=self.seed, options=here["envs"])
-        generator(self.device).set_state(here["generator"])
+        machine.generator(self.device).set_state(here["generator"])
         self.episode_return = here["episode_return"].to(self.device)
         return here["envs"], tuple(x.to(self.device) for x in here["memory"])
 
     def open_folder(self):
         """Make the folder, or take that of the run to resume, and keep other processes out of it."""
         if self.args.track:
-            try:
-                import wandb
-            except ImportError:
-                raise ValueError("--track needs the package wandb: pip install wandb.") from None
+            import wandb
+
             wandb.init(project="magpo", name=self.path.name, config=asdict(self.args), sync_tensorboard=True)
         try:
             self.path.mkdir(parents=True, exist_ok=bool(self.checkpoint))
-            self.lock = lock(self.path)
+            self.lock = machine.lock(self.path)
             if self.checkpoint and os.stat(self.checkpoint.path).st_mtime_ns != self.checkpoint.changed:
                 raise BlockingIOError
             (self.path / "args.json").write_text(json.dumps(asdict(self.args), indent=1))
@@ -142,7 +142,7 @@ class Run:
         self.bar = tqdm(range(self.iteration + 1, self.num_iterations + 1), disable=not self.leads, **title)
         for iteration in self.bar:
             yield iteration
-            share(stop, self.device)
+            machine.share(stop, self.device)
             if stop:
                 return
 
@@ -164,20 +164,14 @@ class Run:
         if not first:
             return
         name = min(first, key=first.get)
-        options = ("learning_rate", "ent_coef", "vf_coef", "lam", "clip_coef")
-        sizes = {option: getattr(self.args, option) for option in options}
-        sizes |= {key: self.rollout[key].nan_to_num().abs().max().item() for key in ("obs", "rewards")}
-        largest = max(sizes, key=sizes.get)
-        cause = f"{largest} of {sizes[largest]:.3g}" if sizes[largest] > 1e3 else "a learning_rate too high"
-        if name in ("obs", "state", "rewards", "final_obs", "final_state"):
-            cause = f"the environment {self.args.env}"
+        cause = likely_cause(self.args, self.rollout, name)
         raise FloatingPointError(f"iteration {iteration}: {name} is not finite; likely cause: {cause}")
 
     def mean(self, iteration, metrics):
         """Means over minibatches, a list of dicts of scalars, and processes. They must be finite."""
         columns = {name: torch.stack([row[name] for row in metrics]).detach() for name in metrics[0]}
         self.check_finite(iteration, columns)
-        return {name: gather(x.unsqueeze(0)).mean().item() for name, x in columns.items()}
+        return {name: machine.gather(x.unsqueeze(0)).mean().item() for name, x in columns.items()}
 
     def evaluates(self, iteration):
         """Whether the learners are evaluated after this iteration, by this process."""

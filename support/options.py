@@ -12,9 +12,10 @@ import shlex
 import textwrap
 import typing
 from dataclasses import asdict, fields
+from importlib.util import find_spec
 
 from envs import make
-from run.machine import WORLD
+from support.machine import WORLD
 
 DEFAULTS = dict(
     total_timesteps=1_000_000, num_envs=128, num_steps=25, learning_rate=3e-3, gamma=0.95, gae_lambda=0.9,
@@ -117,6 +118,7 @@ def validate(args):
         f"num_minibatches must divide num_envs x num_steps, or num_envs if recurrent: {units}.": (
             units % args.num_minibatches
         ),
+        "track needs the package wandb: pip install wandb.": args.track and not find_spec("wandb"),
         "mappo has no guider, so it knows no reset.": args.algo == "mappo" and args.backtracking == "reset",
         f"total_timesteps must be at least num_envs x num_steps, {samples}.": args.total_timesteps < samples,
         "num_workers must be 0, or num_envs: one process per copy.": args.num_workers
@@ -155,6 +157,20 @@ def affordable(args, episodes, steps, envs):
     """
     most = max(1, min(episodes, steps // (10 * envs.max_episode_steps)))
     return most - most % min(most, args.num_envs)
+
+
+def likely_cause(args, rollout, name):
+    """Words for what made numbers of this name not finite: the environment, or what is suspiciously large.
+
+    rollout: the buffer of the step that it happened in, or of the rollout before an update.
+    """
+    if name in ("obs", "state", "rewards", "final_obs", "final_state"):
+        return f"the environment {args.env}"
+    options = ("learning_rate", "ent_coef", "vf_coef", "lam", "clip_coef")
+    sizes = {option: getattr(args, option) for option in options}
+    sizes |= {key: rollout[key].nan_to_num().abs().max().item() for key in ("obs", "rewards")}
+    largest = max(sizes, key=sizes.get)
+    return f"{largest} of {sizes[largest]:.3g}" if sizes[largest] > 1e3 else "a learning_rate too high"
 
 
 def resolved(args):

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import torch
 
-from run.options import BESIDE, NOT_FROM_FILES, imports, make_envs, spell
+from support.options import BESIDE, NOT_FROM_FILES, imports, make_envs, spell
 
-VERSION = 3  # of checkpoints
+VERSION = 4  # of checkpoints
 CLOCKS = {"seconds", "cpu_seconds"}  # columns that a resumed run goes on from
 
 
