@@ -90,11 +90,10 @@ class Args:
 
     def __post_init__(self):
         apply_preset(self)
-        if self.algo == "mappo":  # Eq. 9 with mu = pi is PPO already, without a bound and action embeddings
-            fix(self, delta=math.inf, lam=0.0, action_std=1.0)
-        if self.algo == "ctds" or self.backtracking == "reset":  # baseline and theory: no bound, no RL loss
+        reset = self.backtracking == "reset"
+        if self.algo != "magpo" or reset:  # baselines and theory: no bound; Eq. 9 with mu = pi is PPO already
             fix(self, delta=math.inf, lam=0.0)
-        if self.backtracking == "reset":  # a correction of zero sends the actions' embeddings no gradient
+        if self.algo == "mappo" or reset:  # the actions' embeddings are not used, or get no gradient
             fix(self, action_std=1.0)
 
 
@@ -378,7 +377,8 @@ def estimate_advantages(buffer, guider, value_norm, args):
     memory = buffer["final_hidden"], torch.zeros_like(buffer["starts"])  # final_obs begins no episode
     _, next_values = guider.encode(buffer["final_obs"], buffer.get("final_state"), memory)
     next_values = value_norm.denormalize(next_values)
-    rewards, ends = buffer["rewards"], (buffer["terminations"], buffer["truncations"])
+    rewards, terminations, truncations = buffer["rewards"], buffer["terminations"], buffer["truncations"]
+    ends = terminations, truncations
     advantages, returns = compute_gae(rewards, values, next_values, *ends, args.gamma, args.gae_lambda)
     all_advantages, all_returns = gather(advantages), gather(returns)  # of all copies
     critic_fit = explained_variance(all_returns, all_advantages)  # its errors are returns - values
@@ -404,7 +404,7 @@ def train(args, stop=()):
     if args.backtracking == "reset":
         backtrack(guider, learner)  # the first rollout, too, is pi's
     parts = dict(guider=guider, learner=learner, optimizer=optimizer, value_norm=value_norm)
-    resume_at, memory = run.restore(envs, new_memory(args, envs), **parts)  # None, or a resumed run's
+    resume_at, memory = run.open(envs, new_memory(args, envs), **parts)  # None, or a resumed run's
     obs, infos = envs.reset(seed=run.seed, options=resume_at)
 
     for iteration in run.iterations(envs, stop):

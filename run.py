@@ -27,7 +27,7 @@ class Run:
     Attributes:
         args: the options; of a run that is resumed, that run's. device: where to train. path: the folder.
         seed: of this process's environments and sampling. num_envs: its copies. leads: it writes.
-        iteration, num_iterations: how many are behind us, and in all. saved: how many the checkpoint has.
+        iteration, num_iterations: how many are behind us, and in all. saved_iteration: the checkpoint's.
 
     Raises ValueError if the options cannot work, or there is no checkpoint to go on from.
     """
@@ -47,7 +47,7 @@ class Run:
         self.device = machine.start_device(args)
         self.samples = args.num_envs * args.num_steps
         self.num_iterations = args.total_timesteps // self.samples
-        self.saved = self.iteration
+        self.saved_iteration = self.iteration
         name = f"{args.env}__{args.algo}__{args.seed}__{time.time():.2f}".replace(":", "_").replace("/", "_")
         self.path = self.checkpoint.path.parent if self.checkpoint else Path(args.runs_dir) / name
         self.seed = machine.own_seed(args.seed, self.iteration)
@@ -58,19 +58,19 @@ class Run:
 
         On a GPU as CUDA graphs: what a call returns is overwritten by the next one.
         """
-        saved = self.checkpoint
-        networks = saved.networks(build, self.args, envs) if saved else build(self.args, envs)
+        resumed = self.checkpoint
+        networks = resumed.networks(build, self.args, envs) if resumed else build(self.args, envs)
         for network in networks:
             network.to(self.device)
             if self.args.compile:
                 network.compile(mode="reduce-overhead" if self.device.type == "cuda" else "default")
         return networks
 
-    def restore(self, envs, memory, **parts):
-        """Give optimizer and value_norm of a resumed run what was saved, and open the folder.
+    def open(self, envs, memory, **parts):
+        """Open the folder. Give optimizer and value_norm of a resumed run what was saved.
 
         parts: guider, learner, optimizer, value_norm. They will be saved.
-        -> what envs.reset(options=...) takes, and the memory: None, and as given, if episodes start anew.
+        -> options for envs.reset(), and the memory. If episodes start anew: None, and the memory as given.
         """
         self.parts, episodes = parts, None
         self.episode_return = torch.zeros(self.num_envs, device=self.device)  # so far, in each copy
@@ -83,7 +83,7 @@ class Run:
                 episodes, memory = self.load_episodes(envs, memory)
         if self.leads:
             self.open_folder()
-            Run.current = self
+        Run.current = self
         return episodes, memory
 
     def here(self, envs, memory):
@@ -94,13 +94,13 @@ class Run:
         return here | dict(generator=machine.generator(self.device).get_state(), device=self.device.type)
 
     def load_episodes(self, envs, memory):
-        """Go on where the episodes stood -> what restore returns."""
+        """Go on where the episodes stood -> what open returns."""
         here = self.checkpoint.saved["here"]
         if machine.WORLD > 1 or here.get("device") != self.device.type:
-            why = "these environments cannot be saved, or the device or torchrun changed"
+            why = "torchrun saves none" if machine.WORLD > 1 else "the checkpoint has none for this device"
             print(f"Episodes start anew: {why}.")
             return None, memory
-        envs.reset(seed=self.seed)
+        envs.reset(seed=self.seed)  # gives here() its shapes
         check_like(here, self.here(envs, memory), "here")
         envs.reset(seed=self.seed, options=here["envs"])
         machine.generator(self.device).set_state(here["generator"])
@@ -119,7 +119,7 @@ class Run:
             if self.checkpoint and os.stat(self.checkpoint.path).st_mtime_ns != self.checkpoint.changed:
                 raise BlockingIOError
             (self.path / "args.json").write_text(json.dumps(asdict(self.args), indent=1))
-            self.file, self.table = open(self.path / "metrics.csv", "a"), None  # emptied at the first row
+            self.file, self.table = open(self.path / "metrics.csv", "a"), None  # rewritten with the next row
             self.writer = SummaryWriter(self.path, purge_step=self.iteration * self.samples + 1)
             lines = (f"    {name}: {value}" for name, value in asdict(self.args).items())
             self.writer.add_text("args", "\n".join(lines))
@@ -128,7 +128,7 @@ class Run:
         except OSError as error:
             raise ValueError(f"{self.path} cannot be written: {error}") from None
         before = self.rows[-1] if self.rows else dict(seconds=0, cpu_seconds=0)
-        self.start = time.time() - before["seconds"], time.process_time() - before["cpu_seconds"]
+        self.clocks = time.time() - before["seconds"], time.process_time() - before["cpu_seconds"]
 
     def iterations(self, envs, stop):
         """Numbers of the iterations still to go, until a process has something in its list `stop`."""
@@ -186,7 +186,7 @@ class Run:
         self.iteration, step = iteration, iteration * self.samples
         if not self.leads:
             return
-        seconds, cpu_seconds = time.time() - self.start[0], time.process_time() - self.start[1]
+        seconds, cpu_seconds = time.time() - self.clocks[0], time.process_time() - self.clocks[1]
         row = dict(step=step, seconds=seconds, cpu_seconds=cpu_seconds) | row
         if self.table is None:
             self.file.truncate(0)
@@ -203,21 +203,21 @@ class Run:
 
     def save(self, envs, memory):
         """Replace the checkpoint by one of this iteration."""
-        if not self.leads:
+        if not self.leads or self.saved_iteration == self.iteration:
             return
         contents = dict(args=asdict(self.args), iteration=self.iteration, rows=self.rows)
         contents |= {name: part.state_dict() for name, part in self.parts.items()}
         write(self.path, contents | dict(here=self.here(envs, memory)))
         self.writer.flush()
-        self.saved = self.iteration
+        self.saved_iteration = self.iteration
 
     def what_is_saved(self):
         """Where the run stands, and how to go on with it: one or two sentences."""
         text = f"{self.iteration} of {self.num_iterations} iterations are done"
-        if not self.saved:
+        if not self.saved_iteration:
             return f"{text}; nothing was saved yet."
         command = to_resume(self.path, self.args)
-        return f"{text}; the checkpoint is of iteration {self.saved}. To go on: {command}"
+        return f"{text}; the checkpoint is of iteration {self.saved_iteration}. To go on: {command}"
 
     def close(self):
         """Close the files, and say where they are -> the folder."""

@@ -24,7 +24,7 @@ import torch
 from gymnasium import spaces
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorWrapper
 
-from envs import EnvFailure, check_shape
+from envs import EnvFailure, check_counts, check_shape
 
 UNKNOWN_LIMIT = 1000  # steps of an episode, for an environment that does not say
 TIME_LIMIT = re.compile(  # names under which environments do say it
@@ -508,8 +508,7 @@ class AdaptedEnv(VectorWrapper):
     note = "the team's reward is the mean over agents"
 
     def __init__(self, env_id, num_envs, device="cpu", num_workers=0, state=False, **kwargs):
-        if not is_count(num_envs):
-            raise ValueError(f"num_envs must be a whole number of at least 1, but is {num_envs!r}.")
+        check_counts(1, num_envs=num_envs)
         if num_workers not in (0, num_envs):
             raise ValueError(f"num_workers must be 0 or num_envs ({num_envs}): a process for each copy.")
         self.env_id, self.device, self.time, self.generators = env_id, torch.device(device), 0, Generators(0)

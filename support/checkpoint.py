@@ -1,6 +1,6 @@
 """A run's checkpoint.pt: written whole or not at all, and read as if a stranger had made it.
 
-To read one runs no code of the file's, and builds no network before the file fits it. The file says neither
+Reading one runs no code of the file's, and builds no network before the file fits it. The file says neither
 what is imported or written, nor what the machine does.
 """
 
@@ -8,6 +8,7 @@ import contextlib
 import io
 import os
 import pickle
+import reprlib
 import warnings
 from dataclasses import fields
 from pathlib import Path
@@ -44,12 +45,10 @@ class Checkpoint:
                 self.saved = torch.load(self.path, map_location="cpu", weights_only=True)
             self.changed = os.stat(self.path).st_mtime_ns
             check_contents(self.saved)
-        except pickle.UnpicklingError:
-            raise ValueError(
-                f"{self.path} cannot be read as a checkpoint: more than numbers and text"
-            ) from None
         except Exception as error:  # torch.load raises many kinds for missing, cut and foreign files
-            raise ValueError(f"{self.path} cannot be read as a checkpoint: {reason(error)}") from None
+            foreign = isinstance(error, pickle.UnpicklingError)
+            why = "it is none, or holds more than numbers and text" if foreign else reason(error)
+            raise ValueError(f"{self.path} cannot be read as a checkpoint: {why}") from None
         self.args, self.iteration, self.rows = (self.saved[name] for name in ("args", "iteration", "rows"))
 
     def options(self, kind, **changes):
@@ -58,10 +57,13 @@ class Checkpoint:
         What is imported must be among the changes: a file could name any module.
         """
         saved = {name: value for name, value in self.args.items() if name not in NOT_FROM_FILES}
-        if odd := saved.keys() ^ {field.name for field in fields(kind)} - NOT_FROM_FILES:
+        names = {field.name for field in fields(kind)} - NOT_FROM_FILES
+        if odd := saved.keys() ^ names:
             raise ValueError(f"{self.path} is of another magpo.py: only one has {', '.join(sorted(odd))}.")
         needed = {"env"} if saved["env_kwargs"] == "{}" else {"env", "env_kwargs"}
         if changes.get("env", saved["env"]) != saved["env"]:
+            if saved["env_kwargs"] != "{}" and "env_kwargs" not in changes:
+                print(f"env_kwargs {saved['env_kwargs']} of the run are not used in another environment.")
             saved["env_kwargs"] = "{}"
         elif imports(saved["env"]) and not needed <= changes.keys():
             command = spell(kind, saved, needed)
@@ -81,11 +83,16 @@ class Checkpoint:
 
     def resumed(self, args):
         """The run's options with what `args`, a magpo.Args, gives beside resume. ValueError: see options."""
+        if self.path.name != "checkpoint.pt":  # it would not be the file that is replaced
+            raise ValueError(f"resume needs a run's folder, or checkpoint.pt in it, not {self.path}.")
         changes = {name: getattr(args, name) for name in args.given & BESIDE["resume"]}
         for name in changes.keys() & {"env", "env_kwargs"}:
             if changes[name] != self.args.get(name):
-                raise ValueError(f"a run keeps its {name}, and {args.resume} has another one.")
-        return self.options(type(args), **changes)
+                kept = reprlib.repr(self.args.get(name))
+                raise ValueError(f"a run keeps its {name}, which is {kept} in {args.resume}.")
+        resumed = self.options(type(args), **changes)
+        resumed.given, resumed.runs_dir = args.given, str(self.path.parent.parent)
+        return resumed
 
     def networks(self, build, args, envs):
         """build(args, envs) with the file's weights. ValueError, with no memory taken, if they do not fit."""

@@ -11,7 +11,7 @@ import random
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed.nn  # read before there is a process group, its defaults do not keep that one alive
+import torch.distributed.nn  # imported later, its default arguments would keep the process group alive
 
 try:
     import fcntl

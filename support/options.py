@@ -1,4 +1,6 @@
-"""Options of a run: what a preset fills in, what cannot work, what a file may say, what they come to.
+"""Options of a run: what a preset fills in, what cannot work, what a file may say.
+
+And what follows from them: environments, an evaluation's episodes, lines of text.
 
 What the options mean stands in magpo.Args.
 """
@@ -68,9 +70,7 @@ def fix(args, **values):
     """Set options that algo or backtracking decides. ValueError if one was given with another value."""
     for name, value in values.items():
         if name in args.given and getattr(args, name) != value:
-            which = (
-                f"algo {args.algo}" if args.backtracking == "soft" else f"backtracking {args.backtracking}"
-            )
+            which = f"algo {args.algo}" if args.backtracking == "soft" else "backtracking reset"
             raise ValueError(f"{name} is always {value:g} with {which}: leave it out.")
         setattr(args, name, value)
 
@@ -99,15 +99,15 @@ def check_values(args):
                 wrong = f"a number {least} 0 and below 1e18"
         if wrong:
             raise ValueError(f"{name} must be {wrong}, but is {reprlib.repr(value)}.")
-    if args.seed >= 2**32:
-        raise ValueError(f"seed must be below 2**32, but is {args.seed}.")
+    if args.seed >= 2**32 - 2:  # evaluations take the next two
+        raise ValueError(f"seed must be below 2**32 - 2, but is {args.seed}.")
     if args.torch_threads > os.cpu_count():
         raise ValueError(f"torch_threads is {args.torch_threads}, but there are {os.cpu_count()} cores.")
 
 
 def validate(args):
     """Raise ValueError, in one sentence, for options (magpo.Args) with which there can be no training."""
-    check_values(args)
+    check_values(args)  # again: they can be changed after they were made
     units = args.num_envs // WORLD * (1 if args.recurrent else args.num_steps)
     samples = args.num_envs * args.num_steps
     wrong = {
@@ -121,8 +121,6 @@ def validate(args):
         "track needs the package wandb: pip install wandb.": args.track and not find_spec("wandb"),
         "mappo has no guider, so it knows no reset.": args.algo == "mappo" and args.backtracking == "reset",
         f"total_timesteps must be at least num_envs x num_steps, {samples}.": args.total_timesteps < samples,
-        "num_workers must be 0, or num_envs: one process per copy.": args.num_workers
-        not in (0, args.num_envs),
     }
     for sentence, applies in wrong.items():
         if applies:
@@ -147,6 +145,8 @@ def make_envs(args, num_envs, device="cpu"):
         raise ValueError(f"env_kwargs must be a JSON object such as {example}, not {text}.") from None
     if taken := kwargs.keys() & {"self", "env_id", "num_envs", "device", "num_workers", "state"}:
         raise ValueError(f"env_kwargs may not hold {', '.join(sorted(taken))}: see --help.")
+    if args.num_workers not in (0, args.num_envs):
+        raise ValueError("num_workers must be 0, or num_envs: one process per copy.")
     return make(args.env, num_envs, device, num_envs if args.num_workers else 0, args.state, **kwargs)
 
 
@@ -179,7 +179,7 @@ def resolved(args):
     for name, value in asdict(args).items():
         if value != "":
             (given if name in args.given else rest).append(f"{name} {value}")
-    return textwrap.fill(f"Given: {', '.join(given)}. By preset or default: {', '.join(rest)}.", 110)
+    return textwrap.fill(f"Given: {', '.join(given) or 'nothing'}. The rest: {', '.join(rest)}.", 110)
 
 
 def imports(env):
@@ -201,5 +201,6 @@ def spell(kind, args, names):
 def to_resume(path, args):
     """The command line that goes on with the run in a folder."""
     names = MACHINE | ({"env", "env_kwargs"} if imports(args.env) else set())
-    command = f"python magpo.py --resume {shlex.quote(str(path))}"
+    start = "python" if WORLD == 1 else f"torchrun --nproc-per-node {WORLD}"
+    command = f"{start} magpo.py --resume {shlex.quote(str(path))}"
     return f"{command} {spell(type(args), vars(args), names)}".strip()

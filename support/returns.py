@@ -4,9 +4,9 @@ import math
 
 import torch
 import torch.nn as nn
+from tqdm import tqdm
 
 from support.machine import seeded
-from support.terminal import progress
 
 
 class ValueNorm(nn.Module):
@@ -48,14 +48,17 @@ def play(envs, act, memory, episodes, seed, title, stop):
     """Team returns (episodes,) of fresh episodes, equally many of every copy, so rounded up.
 
     act(obs, infos, memory) -> actions, and the hidden states after obs. memory: at an episode's start.
-    seed: of environments and sampling; random numbers outside stay as they were. stop: see progress().
+    seed: of environments and sampling; random numbers outside stay as they were. stop: once something is in
+    this list, it ends with what was played so far.
     """
     rounds = math.ceil(episodes / envs.num_envs)
     played, total = torch.zeros(2, envs.num_envs, device=envs.device)  # episodes so far, the present return
     returns = [total[:0]]  # none so far
     with seeded(seed, envs.device):
         obs, infos = envs.reset(seed=seed)
-        for _ in progress(rounds * (envs.max_episode_steps + 1), title, stop):
+        for _ in tqdm(range(rounds * (envs.max_episode_steps + 1)), title, leave=False, delay=3):
+            if stop:
+                break
             actions, hidden = act(obs, infos, memory)
             obs, rewards, terminations, truncations, infos = envs.step(actions)
             over = terminations | truncations

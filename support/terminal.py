@@ -1,4 +1,4 @@
-"""The terminal: the command line, its signals, the bar of an evaluation and the table of returns."""
+"""The terminal: the command line, its signals and the table of returns."""
 
 import argparse
 import inspect
@@ -11,7 +11,6 @@ import traceback
 import typing
 
 import torch
-from tqdm import tqdm
 
 from envs import ELSEWHERE, ENVS, EnvFailure
 from run import Run
@@ -91,7 +90,8 @@ def command_line(options, train, load, evaluate):
             refuse(error)
         foreseen = isinstance(error, (EnvFailure, FloatingPointError, OSError))
         sentence = str(error) if foreseen else f"{type(error).__name__}: {error}"
-        say(f"{sentence.rstrip('.')}.", Run.current.what_is_saved() if Run.current else "")
+        run = Run.current
+        say(f"{sentence.rstrip('.')}.", run.what_is_saved() if run and run.leads else "")
         cause = error.__cause__ if foreseen else error  # the environment's own exception, or a bug of ours
         if cause:
             traceback.print_exception(cause)
@@ -118,19 +118,11 @@ def catch_signals():
         caught.append(number)
         for number in numbers:
             signal.signal(number, signal.SIG_DFL)
-        os.write(2, b"\nStopping, an iteration after it is finished and saved. Once more to end at once.\n")
+        os.write(2, b"\nStopping. An iteration of training ends, and is saved. Once more to end at once.\n")
 
     for number in numbers:
         signal.signal(number, catch)
     return caught
-
-
-def progress(steps, title, stop):
-    """range(steps), with a bar if it takes long, until something is in the list `stop`."""
-    for step in tqdm(range(steps), title, leave=False, delay=3):
-        if stop:
-            return
-        yield step
 
 
 def print_table(args, guider, learner, evaluate, stop=()):

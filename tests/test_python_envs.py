@@ -69,12 +69,9 @@ class Fake(ParallelEnv):
         assert actions.keys() == set(self.agents)
         self.taken.append(actions)
         self.time, before = self.time + 1, self.agents
-        ends = [self.leaves.get(agent, (20, "truncated")) for agent in before]
-        flags = [
-            {agent: end == (self.time, kind) for agent, end in zip(before, ends, strict=True)}
-            for kind in ("terminated", "truncated")
-        ]
-        self.agents = [a for a in before if self.forgetful or not (flags[0][a] or flags[1][a])]
+        ends = {agent: self.leaves.get(agent, (20, "truncated")) for agent in before}
+        flags = [{a: ends[a] == (self.time, kind) for a in before} for kind in ("terminated", "truncated")]
+        self.agents = [agent for agent in before if self.forgetful or ends[agent][0] != self.time]
         obs, infos = self.look(before)
         return self.spoil(self, (obs, {a: self.reward(self.time, a) for a in before}, *flags, infos))
 
@@ -194,18 +191,21 @@ def test_observations_become_vectors_on_the_device():
 
 # ---- Masks: what a step says counts at that step -----------------------------------------------------------
 def forbid(time):
-    """From step 7 on, one of three actions."""
-    return None if time < 7 else (np.arange(3) != time % 3).astype(np.int8)
+    """From step 7 on, one of three actions; in step 11 all."""
+    return None if time < 7 else (np.arange(3) != time % 3).astype(np.int8) * (time != 11)
 
 
 @pytest.mark.parametrize("where", ["observation", "info"])
 def test_masks_belong_to_the_returned_observation(where):
+    """Where nothing is allowed, action 0 is."""
+
     def full(time):
         return np.ones(3, np.int8) if time < 7 else forbid(time)
 
     for obs, *_, infos in play(fake(mask=(where, full if where == "observation" else forbid)), 45):
-        expected = full(int(obs[0, 0, 0]))
-        assert infos["action_mask"].tolist() == [[expected.astype(bool).tolist()] * 3] * 2
+        time = int(obs[0, 0, 0])
+        expected = [True, False, False] if time == 11 else full(time).astype(bool).tolist()
+        assert infos["action_mask"].tolist() == [[expected] * 3] * 2
 
 
 @pytest.mark.parametrize("as_array", [False, True])
@@ -218,11 +218,6 @@ def test_a_gymnasium_info_gives_masks(as_array):
     masked = [[False, True, False, False], [True, False, False, True]]
     seen = [infos["action_mask"][0].tolist() for *_, infos in play(env, 3)]
     assert seen == [free, free, masked, masked]
-
-
-def test_where_nothing_is_allowed_action_0_is():
-    infos = play(fake(mask=("info", lambda time: np.zeros(3))), 0)[0][1]
-    assert infos["action_mask"].tolist() == [[[True, False, False]] * 3] * 2
 
 
 # ---- Ends of a team ----------------------------------------------------------------------------------------
@@ -377,8 +372,8 @@ def test_environments_draw_their_own_numbers_from_all_three_generators(num_worke
     def process():
         return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
 
-    before = process()
-    first, other = (fake(luck=True, num_workers=num_workers) for _ in range(2))
+    before, options = process(), dict(luck=True, num_workers=num_workers)
+    first, other = fake(**options), fake(**options)
     drawn = numbers(first, seed=3)
     numbers(other, seed=4)
     more = numbers(first)
@@ -389,9 +384,7 @@ def test_environments_draw_their_own_numbers_from_all_three_generators(num_worke
     for kind in range(3):  # random, np.random, torch
         assert len(everything[..., kind].unique()) == everything[..., kind].numel()
     torch.set_num_threads(2)
-    fresh = fake(
-        luck=True, num_workers=num_workers, reward=lambda time, agent: float(torch.get_num_threads())
-    )
+    fresh = fake(**options, reward=lambda time, agent: float(torch.get_num_threads()))
     one, two = fresh.reset()[0].flatten(1)  # without any seed
     assert not torch.isin(one, two).any()
     assert not num_workers or (fresh.step(torch.zeros(2, 3, dtype=torch.long))[1] == 1).all()
@@ -452,52 +445,39 @@ def test_a_broken_contract_is_one_sentence(spoil, sentence):
 BOXES = dict.fromkeys("abc", spaces.Box(0, 1, (2,)))
 
 
-def late(env, results):
-    env.agents.remove("b")
-    return results
-
-
 def tuple_gives(*results):
     return lambda: fake_tuple(play=lambda time: results)
 
 
-@pytest.mark.parametrize(
-    "make, sentence",
-    [
-        (
-            lambda: fake(spoil=lambda env, results: results[0]),
-            "reset of copy 0: reset returns a dict instead",
-        ),
-        (lambda: fake(spoil=lambda env, results: ({}, {})), "reset of copy 0: agent 'a' has no observation"),
-        (lambda: fake(leaves={"b": (2, "terminated")}, acts=BOXES), "step 2 .*'b' leaves .*cannot be masked"),
-        (lambda: fake(acts=BOXES, spoil=late), "reset of copy 0: the agents {'b'} are not there"),
-        (tuple_gives(None, False, False, {}), "step 1 .*reward of agent 0 is None"),
-        (tuple_gives([1, 2, 3], False, False, {}), "step 1 .*3 rewards for 2 agents"),
-        (tuple_gives(1, False, False, {"action_mask": [1]}), "1 action masks for 2 agents"),
-        (tuple_gives(1, False, {}, {}), "step 1 .*the truncation of agent 0 is {}, not a number"),
-    ],
-)
+BROKEN_OTHERWISE = [
+    (lambda: fake(spoil=lambda env, results: results[0]), "reset of copy 0: reset returns a dict instead"),
+    (lambda: fake(spoil=lambda env, results: ({}, {})), "reset of copy 0: agent 'a' has no observation"),
+    (lambda: fake(spoil=lambda env, got: env.agents.append("z") or got), "it lets in {'z'}, who is not in"),
+    (lambda: fake(leaves={"b": (2, "terminated")}, acts=BOXES), "step 2 .*'b' leaves .*cannot be masked"),
+    (lambda: fake(acts=BOXES, spoil=lambda env, got: env.agents.remove("b") or got), "{'b'} are not there"),
+    (tuple_gives(None, False, False, {}), "step 1 .*reward of agent 0 is None"),
+    (tuple_gives([1, 2, 3], False, False, {}), "step 1 .*3 rewards for 2 agents"),
+    (tuple_gives(1, False, False, {"action_mask": [1]}), "1 action masks for 2 agents"),
+    (tuple_gives(1, False, {}, {}), "step 1 .*the truncation of agent 0 is {}, not a number"),
+]
+
+
+@pytest.mark.parametrize("make, sentence", BROKEN_OTHERWISE)
 def test_broken_resets_teams_and_tuples_are_one_sentence(make, sentence):
     with pytest.raises(EnvFailure, match=sentence):
         play(make(), 3)
 
 
-@pytest.mark.parametrize("late", ["b", "z"])
-def test_who_comes_late_must_be_known(late):
+def test_one_may_come_late():
     def arrive(env, results):
         if env.time == 0:
             env.agents.remove("b")
         if env.time == 3:
-            env.agents.append(late)
-            results[0][late] = np.full(2, 3.0)
+            env.agents.append("b")
+            results[0]["b"] = np.full(2, 3.0)
         return results
 
-    env = fake(spoil=arrive)
-    if late == "z":
-        with pytest.raises(EnvFailure, match="step 3 .*'z'}, who is not in its possible_agents"):
-            play(env, 3)
-        return
-    for time, (obs, *_, infos) in enumerate(play(env, 4)):
+    for time, (obs, *_, infos) in enumerate(play(fake(spoil=arrive), 4)):
         there = time >= 3
         assert obs[0, 1].tolist() == [time * there] * 2 and obs[0, 0].tolist() == [time] * 2
         assert infos["action_mask"][0, 1].tolist() == [True, there, there]
@@ -518,47 +498,32 @@ def test_what_is_merely_unusual_is_accepted():
     assert (play(fake_tuple(play=lambda time: (np.array([3.0]), False, False, None)), 1)[1][1] == 3).all()
 
 
-def raises(error):
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("error", [KeyError("no\nkey"), SystemExit("bye")])
+def test_an_environments_own_exception_keeps_its_traceback(error, num_workers):
     def spoil(env, results):
         if env.time == 3:
             raise error
         return results
 
-    return spoil
-
-
-@pytest.mark.parametrize("num_workers", [0, 2])
-@pytest.mark.parametrize("error", [KeyError("no\nkey"), SystemExit("bye")])
-def test_an_environments_own_exception_keeps_its_traceback(error, num_workers):
-    env = fake(spoil=raises(error), num_workers=num_workers)
+    env = fake(spoil=spoil, num_workers=num_workers)
     sentence = f"pettingzoo:fake raised {type(error).__name__} in step 3 of copy 0: "
     with pytest.raises(EnvFailure, match=sentence) as caught:
         play(env, 3)
     cause = caught.value.__cause__
     assert "\n" not in str(caught.value)
-    assert (
-        cause is error
-        if not num_workers
-        else "in spoil\n" in str(cause) and type(error).__name__ in str(cause)
-    )
+    traced = "in spoil\n" in str(cause) and type(error).__name__ in str(cause)
+    assert traced if num_workers else cause is error
     env.close()
 
 
 def test_a_worker_that_dies_is_one_sentence():
     env = fake(num_workers=2, spoil=lambda env, results: os._exit(3) if env.time == 2 else results)
-    with pytest.raises(
-        EnvFailure, match=r"the worker process of copy [01].* \(exit code 3\).* died in step 2"
-    ) as error:
+    sentence = r"the worker process of copy [01].* \(exit code 3\).* died in step 2"
+    with pytest.raises(EnvFailure, match=sentence) as error:
         play(env, 3)
     assert "\n" not in str(error.value) and not any(process.is_alive() for process in env.env.processes)
     env.close()
-
-
-def test_state():
-    with pytest.raises(ValueError, match=r"fake has no state\(\)"):
-        fake(state=True)
-    with pytest.raises(ValueError, match=r"has no state\(\)"):
-        fake_tuple(state=True)
 
 
 def test_a_state_of_those_present_alone_is_one_sentence(monkeypatch):
@@ -586,18 +551,13 @@ def test_opposite_signs_alone_are_said_once():
     env = fake(reward=lambda time, agent: 3.0 if len(copies(env)[0].taken) == 3 else share[agent])
     with warnings.catch_warnings(action="error"):
         play(env, 2)
-    with pytest.warns(
-        UserWarning, match="pettingzoo:fake rewards some agents while it punishes others"
-    ) as said:
+    sentence = "pettingzoo:fake rewards some agents while it punishes others"
+    with pytest.warns(UserWarning, match=sentence) as said:
         rewards = [env.step(torch.zeros(2, 3, dtype=torch.long))[1] for _ in range(45)]
     assert len(said) == 1 and torch.allclose(torch.stack(rewards)[:, 0], torch.tensor([3.0] + [0.0] * 44))
 
 
 # ---- Names -------------------------------------------------------------------------------------------------
-def aec():
-    return types.SimpleNamespace(agent_iter=None)
-
-
 REFUSED = [
     ("pettingzoo:mpe2.simple_sprd_v3", {}, "No module named 'mpe2.simple_sprd_v3'.*pip install"),
     ("pettingzoo:needs_a_library", {}, "needs_a_library: .*No module named 'a_library'.*pip install"),
@@ -625,6 +585,8 @@ REFUSED = [
     ("pettingzoo:fake", {"sees": {"a": spaces.Box(0, 255, (4, 4), np.uint8)}}, "not images"),
     ("pettingzoo:fake", {"sees": {"a": spaces.Box(0, 1, (4, 4, 3))}}, "not images"),
     ("pettingzoo:fake", {"sees": {"a": spaces.Dict({"observation": BOX, "map": BOX})}}, "images or Dicts"),
+    ("pettingzoo:fake", {"state": True}, r"has no state\(\)"),
+    ("gym:FakeTuple-v0", {"state": True}, r"has no state\(\)"),
     ("pettingzoo:nobody", {}, "lacks possible_agents.*no attribute 'possible_agents'"),
 ]  # fmt: skip
 
@@ -635,8 +597,9 @@ def test_refused_in_one_sentence(env_id, kwargs, sentence, monkeypatch, tmp_path
     (tmp_path / "does_not_parse.py").write_text("def")
     (tmp_path / "leaves.py").write_text("raise SystemExit('bye')")
     monkeypatch.syspath_prepend(tmp_path)
-    for name, maker in (("in_turns", aec), ("nobody", object)):
-        monkeypatch.setitem(sys.modules, name, types.SimpleNamespace(parallel_env=maker))
+    for name, made in (("in_turns", types.SimpleNamespace(agent_iter=None)), ("nobody", None)):
+        module = types.SimpleNamespace(parallel_env=lambda made=made: made)
+        monkeypatch.setitem(sys.modules, name, module)
     for package in ("lbforaging", "rware"):
         monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
     with pytest.raises(ValueError, match=sentence) as error:

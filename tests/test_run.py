@@ -10,6 +10,7 @@ import pickle
 import random
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -160,7 +161,7 @@ REFUSED = {  # in Python
         dict(lam=math.nan), dict(ent_coef=math.inf), dict(delta=math.nan), dict(num_envs=10**400),
         dict(embed_dim=0), dict(learning_rate=0.0), dict(delta=-math.inf), dict(lam=-1.0), dict(seed=-1),
     ],
-    "seed must be below": [dict(seed=2**32)],
+    "seed must be below": [dict(seed=2**32 - 2)],
     "lam is always 0 with algo mappo: leave it out": [dict(algo="mappo", lam=1.0)],
     "delta is always inf with algo mappo": [dict(algo="mappo", delta=1.3)],
     "action_std is always 1 with algo mappo": [dict(algo="mappo", action_std=0.1)],
@@ -265,7 +266,7 @@ def test_1e6_is_a_number_and_what_is_given_counts_as_given(main, tmp_path):
     more = words(runs_dir=tmp_path, **QUICK | dict(total_timesteps="1.3e2"))
     code, out, _ = main("--env", "mpe_spread", "--no-anneal-lr", "--seed", "1", *more)
     printed = " ".join(out.split())
-    given, preset = re.search(r"Given: (.*?)\. By preset or default: (.*?)\. ", printed).groups()
+    given, preset = re.search(r"Given: (.*?)\. The rest: (.*?)\. ", printed).groups()
     assert code == 0 and "total_timesteps is cut to 120" in printed
     assert all(
         text in given for text in ("env mpe_spread", "seed 1", "anneal_lr False", "total_timesteps 130")
@@ -399,7 +400,8 @@ def test_eval_prints_the_table_of_the_run(trained, main):
         ("""--env-kwargs '{"num_targets":30}'""", "num_targets"),
         ("--num-envs 0", "num_envs must be a number above 0"),
         ("--eval-episodes -3", "eval_episodes must be a number above 0"),
-        ("--num-workers 256", "at once"),
+        ("--num-workers 8", "at once"),
+        ("--num-workers 3", "one process per copy"),
         ("--hidden-dim 64", "leave out hidden_dim"),
     ],
 )
@@ -438,10 +440,11 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_last_bit(changes, tmp_pat
     assert len(rows(part)) == 2
     machine.seed_everything(99)  # what else draws random numbers meanwhile does not matter
     assert magpo.train(magpo.Args(resume=str(part / "checkpoint.pt"))) == part
+    assert "Given: nothing. The rest: env" in capsys.readouterr().out
     assert rows(part) == rows(whole)
     ours, theirs = (torch.load(path / "checkpoint.pt", weights_only=True) for path in (part, whole))
     for saved in (ours, theirs):
-        saved.pop("rows"), saved["args"].pop("runs_dir")
+        saved.pop("rows")
     assert pickle.dumps(flat(ours)) == pickle.dumps(flat(theirs))
     with open(part / "metrics.csv") as file:
         seconds = [float(row["seconds"]) for row in csv.DictReader(file)]
@@ -473,6 +476,26 @@ def test_h_resume_keeps_the_runs_environment_and_options(line, trained, main):
     code, _, err = main("--resume", trained, *shlex.split(line))
     assert code == 2 and err.count("\n") == 1 and shlex.split(line)[0].replace("-", "_").strip("_")[3:] in err
     assert contents(trained) == before
+
+
+def test_h_resume_replaces_the_file_that_it_was_given(trained, tmp_path, main):
+    copy = Path(shutil.copy(trained / "checkpoint.pt", tmp_path / "mine.pt"))
+    code, _, err = main("--resume", copy)
+    assert code == 2 and "resume needs a run's folder, or checkpoint.pt in it" in err
+    assert main("--eval", copy)[0] == 0 and list(tmp_path.iterdir()) == [copy]
+
+
+def test_eval_says_that_another_environment_has_its_own_options(main, tmp_path):
+    folder = train(tmp_path, env="coordsum_3x10", env_kwargs='{"blur": 0}')
+    assert "not used" not in main("--eval", folder)[1]
+    code, out, _ = main("--eval", folder, "--env", "coordsum_3x10_official")
+    assert code == 0 and """env_kwargs {"blur": 0} of the run are not used""" in out
+
+
+def test_what_torchrun_started_goes_on_with_torchrun(monkeypatch):
+    assert options.to_resume("R", magpo.Args()) == "python magpo.py --resume R"
+    monkeypatch.setattr(options, "WORLD", 2)
+    assert options.to_resume("R", magpo.Args()) == "torchrun --nproc-per-node 2 magpo.py --resume R"
 
 
 # --- Checkpoints of strangers -------------------------------------------------------------------------------
@@ -770,7 +793,7 @@ def test_a_signal_ends_the_run_after_its_iteration(number, tmp_path):
     assert (
         process.returncode == 128 + number
         and "mean team return" not in out
-        and "Stopping, an iteration" in err
+        and "Stopping. An iteration" in err
     )
     assert f"To go on: python magpo.py --resume {folder.relative_to(tmp_path)}\n" in out
     assert checkpoint.Checkpoint(folder).iteration == len(rows(folder))
@@ -932,7 +955,7 @@ def test_b_ranks_have_random_numbers_of_their_own(monkeypatch, tmp_path):
         env = magpo.make_envs(args, 16)
         networks = a_run.networks(magpo.build, env)
         drawn.add(("the same", *networks[1].policy_head.weight[0, :3].tolist()))
-        a_run.restore(env, magpo.new_memory(args, env), optimizer=None)
+        a_run.open(env, magpo.new_memory(args, env), optimizer=None)
         drawn |= set(
             enumerate(
                 [
