@@ -26,8 +26,12 @@ PAPER = {  # the paper's tasks, by suite: ids, and options if not the preset's
     "rware": (("rware:tiny-2ag", "rware:tiny-4ag"), {}),
 }
 SHORT = ("coordsum_3x10", "coordsum_3x10_official", "lbf:8x8-2p-2f-coop")  # five seeds, of the others three
-# (suite, algo) -> options over the preset's, which were chosen on magpo; guider_tries.csv has the tries
-TUNED = {("coordsum", "mappo"): dict(learning_rate=6e-3)}
+# (task, algo) -> options over the preset's, which were chosen on magpo; guider_tries.csv has the tries
+TUNED = {
+    **{(task, "mappo"): dict(learning_rate=6e-3) for task in PAPER["coordsum"][0]},
+    **{(task, "ctds"): dict(learning_rate=6e-3) for task in ("coordsum_3x10", "coordsum_3x10_official")},
+    **{(f"lbf:{task}", "ctds"): dict(learning_rate=1e-3) for task in ("10x10-3p-3f", "2s-10x10-3p-3f")},
+}
 OTHERS = (
     *MPE2,
     FORAGING,
@@ -57,7 +61,7 @@ def paper(suite):
     """Every method on the tasks of a suite, seed by seed: a sweep that is stopped halfway is balanced."""
     tasks, options = PAPER[suite]
     return [
-        dict(env=env, algo=algo, **options, **TUNED.get((suite, algo), {}), seed=seed)
+        dict(env=env, algo=algo, **options, **TUNED.get((env, algo), {}), seed=seed)
         for seed, env, algo in itertools.product(FIVE, tasks, ALGOS)
         if seed in THREE or env in SHORT
     ]
@@ -75,6 +79,7 @@ EXPERIMENTS = {
     "others": grid(THREE, env=FORAGING, algo=("magpo", "mappo"), total_timesteps=480_000)
     + grid(THREE, env=MPE2, total_timesteps=120_000),
     "memory": grid(THREE, env=REMEMBER, recurrent=(False, True), total_timesteps=40_000),
+    "ctds_preset": grid(FIVE, env="coordsum_3x10", algo="ctds"),  # what TUNED is worth to it
     "one_hot": [  # CoordSum's targets shown one-hot
         options | dict(env_kwargs='{"blur": 0}')
         for options in paper("coordsum")
