@@ -463,9 +463,11 @@ def test_resuming_a_finished_run_changes_nothing(main, tmp_path, monkeypatch):
     folder = folder.rename(tmp_path / "seed")  # a value, not an option
     monkeypatch.chdir(tmp_path)
     before = torch.load("seed/checkpoint.pt", weights_only=True), rows("seed")
+    written = os.stat("seed/checkpoint.pt").st_mtime_ns
     assert main("--resume", "seed", "--torch-threads", 1)[0] == 0
     after = torch.load("seed/checkpoint.pt", weights_only=True), rows("seed")
     assert flat(before[0]["learner"]) == flat(after[0]["learner"]) and before[1] == after[1]
+    assert os.stat("seed/checkpoint.pt").st_mtime_ns == written
 
 
 @pytest.mark.parametrize(
