@@ -179,10 +179,10 @@ def test_halfway_is_where_each_run_first_stands_at_half_of_mappos_best(here, mon
 
 
 def test_a_method_is_tuned_apart(monkeypatch):
-    monkeypatch.setattr(experiments, "TUNED", {("lbf", "mappo"): dict(learning_rate=4e-3)})
-    rates = {(run["algo"], run.get("learning_rate")) for run in experiments.paper("lbf")}
-    assert rates == {("magpo", None), ("mappo", 4e-3), ("ctds", None)}
-    assert not any("learning_rate" in run for run in experiments.paper("smax"))
+    task = "lbf:10x10-3p-3f"
+    monkeypatch.setattr(experiments, "TUNED", {(task, "mappo"): dict(learning_rate=4e-3)})
+    rates = {(run["env"], run["algo"]): run.get("learning_rate") for run in experiments.paper("lbf")}
+    assert rates.pop((task, "mappo")) == 4e-3 and len(rates) == 20 and set(rates.values()) == {None}
 
 
 def test_runs_side_by_side_and_failures(here, monkeypatch, capsys):
