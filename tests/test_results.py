@@ -1,11 +1,13 @@
 """The scripts of results/, at tiny budgets."""
 
 import csv
+import functools
 import itertools
 import math
 import re
 import shutil
 import sys
+import tempfile
 import threading
 from collections import Counter
 from pathlib import Path
@@ -63,10 +65,8 @@ def test_compare_prints_and_draws(tmp_path, monkeypatch, capsys):
     assert mappo_row == "| algo mappo | **1.00** [1.00, 1.00] | 1.00 |  | 30 | 3 |"
     with Image.open(tmp_path / "out.png") as picture:
         assert picture.width > 1000
-    for wrong in (
-        [tmp_path],
-        [runs[0], a_run(tmp_path / "x", (1.0,), env="matrix_sum10", algo="magpo", seed=1)],
-    ):
+    other = a_run(tmp_path / "x", (1.0,), env="matrix_sum10", algo="magpo", seed=1)
+    for wrong in ([tmp_path], [runs[0], other]):
         with pytest.raises(SystemExit) as end:
             main(monkeypatch, compare, *wrong)
         assert end.value.code == 2 and capsys.readouterr().err.count("\n") == 1
@@ -75,9 +75,8 @@ def test_compare_prints_and_draws(tmp_path, monkeypatch, capsys):
 @pytest.mark.slow
 def test_sweeps_go_on_where_they_stopped(here, monkeypatch, capsys):
     options = dict(env="matrix_xor", num_envs=64, total_timesteps=2048, eval_episodes=64)
-    monkeypatch.setattr(
-        make, "EXPERIMENTS", {"tiny": experiments.grid((1, 2, 3), anneal_lr=False, **options)}
-    )
+    runs = experiments.grid((1, 2, 3), anneal_lr=False, **options)
+    monkeypatch.setattr(make, "EXPERIMENTS", {"tiny": runs})
     make.sweep("tiny", "seed 2")
     make.sweep("tiny", jobs=2)
     rows = make.read("tiny")
@@ -85,11 +84,9 @@ def test_sweeps_go_on_where_they_stopped(here, monkeypatch, capsys):
     assert seeds[0] == 2 and sorted(seeds[1:]) == [1, 3]
     assert capsys.readouterr().out.count("cpu-s") == 3
     args, points, final = make.train(**options, seed=1, anneal_lr=False)
-    mine = [row for row in rows if row["seed"] == 1]
-    assert [row["learner_return"] for row in mine[:-1]] == pytest.approx(
-        [p["learner_return"] for p in points], rel=1e-4
-    )
-    assert mine[-1]["learner_return"] == pytest.approx(final["learner"], rel=1e-4)
+    mine = [row["learner_return"] for row in rows if row["seed"] == 1]
+    expected = [*(point["learner_return"] for point in points), final["learner"]]
+    assert mine == pytest.approx(expected, rel=1e-4)
     shutil.copy(ROOT / "results" / "random.csv", here)
     make.tables("tiny")
     table = capsys.readouterr().out
@@ -114,7 +111,7 @@ def test_every_picture_is_drawn(here):
 def test_random_play_is_written_down(here, monkeypatch):
     monkeypatch.setattr(make, "RANDOM", {experiments.REMEMBER: 512})
     make.random_returns()
-    (row,) = csv.DictReader((here / "random.csv").read_text().splitlines())
+    (row,) = read(here, "random")
     assert abs(float(row["mean"]) - 1 / 9) < 3 * float(row["ci95"])  # two agents, three numbers
 
 
@@ -164,10 +161,8 @@ def test_halfway_is_where_each_run_first_stands_at_half_of_mappos_best(here, mon
     ]
     for algo, returns, final, seed in curves:
         rows = a_curve(returns, seed, final, env="matrix_xor", algo=algo)
-        rows = [row | dict(step=1000 * row["step"]) for row in rows]
-        if algo == "ctds":
-            rows = [row | dict(guider_return=5) for row in rows]
-        make.append("stub", rows)
+        guider = dict(guider_return=5) if algo == "ctds" else {}
+        make.append("stub", [row | dict(step=1000 * row["step"]) | guider for row in rows])
         make.EXPERIMENTS["stub"].append(dict(env="matrix_xor", algo=algo, seed=seed))
     make.halfway("stub")
     cells = [line.split(" | ")[1:] for line in capsys.readouterr().out.splitlines()[3:]]
@@ -327,28 +322,24 @@ def test_a_record_is_of_a_commit():
 # --- details.py and imitation.py ----------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    """detail -> all weights after a little training with it."""
-    folder, seen = tmp_path_factory.mktemp("details"), {}
+@functools.cache
+def weights(detail):
+    """All weights after a little training with a detail; its row of the table is printed."""
+    found = []
 
     def train(**options):
-        sizes = TINY | dict(num_steps=25, total_timesteps=200, runs_dir=str(folder), torch_threads=1)
-        _, guider, learner = magpo.load(magpo.train(magpo.Args(**options | sizes)))
-        seen["latest"] = torch.cat([p.flatten() for net in (guider, learner) for p in net.parameters()])
+        sizes = TINY | dict(num_steps=25, total_timesteps=200, runs_dir=folder, torch_threads=1)
+        _, *nets = magpo.load(magpo.train(magpo.Args(**options | sizes)))
+        found.extend(p.flatten() for net in nets for p in net.parameters())
         return magpo.Args(**TINY), [dict(cpu_seconds=1.0)], dict(learner=1.0, guider=2.0)
 
-    def of(detail):
-        if detail not in seen:
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(make, "train", train)
-                patch.setattr(make, "HERE", folder)
-                details.run(detail, 1)
-                details.table()
-            seen[detail] = seen["latest"]
-        return seen[detail]
-
-    return of
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(make, "train", train)
+        patch.setattr(make, "HERE", Path(folder))
+        make.append("details", [dict(detail="other", seed=1, learners=9, guider=9, cpu_seconds=9)])
+        details.run(detail, 1)
+        details.table()
+    return torch.cat(found)
 
 
 QUICK = ("nothing", "time-outs count as ends", "no LayerNorm")
@@ -356,7 +347,7 @@ DETAILS = [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) f
 
 
 @pytest.mark.parametrize("detail", DETAILS)
-def test_details_train_and_change_something(detail, weights, capsys):
+def test_details_train_and_change_something(detail, capsys):
     one, other = weights("nothing"), weights(detail)
     same = one.shape == other.shape and torch.equal(one, other)
     options = details.DETAILS[detail][1].keys()
@@ -373,50 +364,38 @@ def test_imitation_runs(tmp_path, monkeypatch, capsys):
 # --- watch.py -----------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """Folders of nearly untrained runs, by environment."""
-    folder, made = tmp_path_factory.mktemp("runs"), {}
-
-    def make_run(env, **options):
-        if (key := (env, *options.items())) not in made:
-            options = TINY | dict(env=env, total_timesteps=20, runs_dir=str(folder)) | options
-            made[key] = magpo.train(magpo.Args(**options))
-        return made[key]
-
-    return make_run
+def train(folder, env, **options):
+    """The folder of a nearly untrained run."""
+    options = TINY | dict(env=env, total_timesteps=20, runs_dir=str(folder)) | options
+    return magpo.train(magpo.Args(**options))
 
 
 @pytest.mark.parametrize("recurrent", [False, True])
-def test_watch_films_what_the_learners_do(recurrent, runs, tmp_path):
+def test_watch_films_what_the_learners_do(recurrent, tmp_path, monkeypatch):
     """Two episodes on mpe2 itself, played once more without a camera; the film shows mpe2's pictures."""
     kwargs = '{"max_cycles": 6, "local_ratio": 0.2}'
-    run, path = runs("mpe_spread", env_kwargs=kwargs, recurrent=recurrent), tmp_path / "film.gif"
-    returns = watch.watch(run, path, seed=5, episodes=2)
+    run = train(tmp_path, "mpe_spread", env_kwargs=kwargs, recurrent=recurrent)
+    returns = watch.watch(run, path := tmp_path / "film.gif", seed=5, episodes=2)
     args, guider, learner = magpo.load(run)
     env_id, options = watch.as_mpe2(args)
     envs_by_hand = envs.make(env_id, 1, **options)
     args.num_envs = 1
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(magpo, "make_envs", lambda *_: envs_by_hand)
-        assert (
-            returns == magpo.evaluate(args, guider, learner, "learner", 2, 5).tolist()
-            and len(set(returns)) == 2
-        )
+    monkeypatch.setattr(magpo, "make_envs", lambda *_: envs_by_hand)
+    assert returns == magpo.evaluate(args, guider, learner, "learner", 2, 5).tolist()
+    assert len(set(returns)) == 2
     with Image.open(path) as gif:
         frames = [np.asarray(frame.convert("RGB"), float) for frame in ImageSequence.Iterator(gif)]
     assert len(frames) == 2 * 7 and all((a != b).any() for a, b in itertools.pairwise(frames))
     game = simple_spread_v3.parallel_env(render_mode="rgb_array", max_cycles=6)
-    seed = np.random.SeedSequence(5).generate_state(2)[0]
-    game.reset(seed=int(seed))
+    game.reset(seed=int(np.random.SeedSequence(5).generate_state(2)[0]))
     first = np.asarray(ImageOps.contain(Image.fromarray(game.render()), (watch.SIZE, watch.SIZE)), float)
     assert np.abs(frames[0][watch.LINE :] - first).mean() < 0.5
 
 
-def test_watch_films_foraging(runs, tmp_path):
+def test_watch_films_foraging(tmp_path, monkeypatch):
     """Two episodes, played once more without a camera: a frame shows what agent 0 sees, the whole field."""
     pytest.importorskip("jumanji", reason="Jumanji is missing: pip install -r requirements-jax.txt")
-    run = runs("lbf:8x8-2p-2f-coop", env_kwargs='{"time_limit": 40}', num_envs=1)
+    run = train(tmp_path, "lbf:8x8-2p-2f-coop", env_kwargs='{"time_limit": 40}', num_envs=1)
     returns = watch.watch(run, path := tmp_path / "film.gif", seed=5, episodes=2)
     args, guider, learner = magpo.load(run)
     game, seen = envs.make(args.env, 1, time_limit=40), []
@@ -438,13 +417,11 @@ def test_watch_films_foraging(runs, tmp_path):
         return obs, rewards, terminations, truncations, infos
 
     game.reset, game.step = seen_reset, seen_step
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(magpo, "make_envs", lambda *_: game)
-        assert returns == magpo.evaluate(args, guider, learner, "learner", 2, 5).tolist()
+    monkeypatch.setattr(magpo, "make_envs", lambda *_: game)
+    assert returns == magpo.evaluate(args, guider, learner, "learner", 2, 5).tolist()
     with Image.open(path) as gif:
-        frames = [
-            np.asarray(frame.convert("RGB"), int)[watch.LINE :] for frame in ImageSequence.Iterator(gif)
-        ]
+        frames = [np.asarray(frame.convert("RGB"), int) for frame in ImageSequence.Iterator(gif)]
+    frames = [frame[watch.LINE :] for frame in frames]
     assert len(frames) == len(seen) - 1 == 2 * 41 and any(True in loading for _, loading in seen)
 
     colors = {name: np.array(ImageColor.getrgb(name)) for name in ("white", watch.AGENT, watch.FOOD, "black")}
@@ -470,9 +447,9 @@ def test_watch_films_foraging(runs, tmp_path):
 
 
 @pytest.mark.parametrize("env", ["coordsum_3x10", "matrix_climbing"])
-def test_watch_draws_what_to_expect(env, runs, tmp_path, monkeypatch):
+def test_watch_draws_what_to_expect(env, tmp_path, monkeypatch):
     """The number in the picture is the payoff that sampling finds, where learners see what the game shows."""
-    run, path, shown = runs(env), tmp_path / "picture.png", []
+    run, path, shown = train(tmp_path, env), tmp_path / "picture.png", []
     args, guider, learner = magpo.load(run)
     learner.register_forward_pre_hook(lambda _, inputs: shown.append(inputs[0]))
     monkeypatch.setattr(magpo, "load", lambda run: (args, guider, learner))
@@ -490,8 +467,8 @@ def test_watch_draws_what_to_expect(env, runs, tmp_path, monkeypatch):
     assert path.stat().st_size > 5000
 
 
-def test_watch_refuses_in_one_sentence(runs, tmp_path, monkeypatch, capsys):
-    run = runs("matrix_climbing")
+def test_watch_refuses_in_one_sentence(tmp_path, monkeypatch, capsys):
+    run = train(tmp_path, "matrix_climbing")
     capsys.readouterr()  # the run's own words
     for words in ((run, tmp_path / "x.gif"), (run, tmp_path / "no" / "x.png"), (tmp_path, "x.png")):
         with pytest.raises(SystemExit) as end:
@@ -503,18 +480,12 @@ def test_watch_refuses_in_one_sentence(runs, tmp_path, monkeypatch, capsys):
 
 
 def test_throughput_takes_ratios_within_a_round(here, monkeypatch):
-    rates = {
-        "mpe2_rate": (10.0, 20.0, 40.0),
-        "spread_rate": (4000.0,) * 3,
-        "training_rate": (20.0, 60.0, 80.0),
-    }
+    rates = dict(mpe2_rate=(10.0, 20.0, 40.0), spread_rate=(4000.0,) * 3, training_rate=(20.0, 60.0, 80.0))
     for name, values in rates.items():
         monkeypatch.setattr(speed, name, iter(values).__next__)
     speed.throughput(3)
-    rows = {
-        row["what"]: [float(row[key]) for key in ("median", "lowest", "highest")]
-        for row in read(here, "throughput")
-    }
+    keys = ("median", "lowest", "highest")
+    rows = {row["what"]: [float(row[key]) for key in keys] for row in read(here, "throughput")}
     assert rows["training / mpe2"] == [2, 2, 3] and rows["training"] == [60, 20, 80]
     assert rows["SimpleSpread, 2,048 copies / mpe2"] == [200, 100, 400]
 
@@ -542,14 +513,9 @@ def test_suites_are_timed(here, monkeypatch):
 @pytest.mark.slow
 def test_profile_adds_up(here, capsys):
     speed.profile(4, **TINY)
-    *parts, whole = read(here, "profile")
-    assert sum(float(row["cpu_seconds"]) for row in parts) == pytest.approx(
-        float(whole["cpu_seconds"]), rel=1e-2
-    )
-    assert (
-        all(float(row["cpu_seconds"]) > 0 for row in parts[:-1])
-        and "20 steps per iteration" in capsys.readouterr().out
-    )
+    *parts, whole = [float(row["cpu_seconds"]) for row in read(here, "profile")]
+    assert sum(parts) == pytest.approx(whole, rel=1e-2) and min(parts[:-1]) > 0
+    assert "20 steps per iteration" in capsys.readouterr().out
 
 
 @pytest.mark.slow
