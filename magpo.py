@@ -377,8 +377,7 @@ def estimate_advantages(buffer, guider, value_norm, args):
     memory = buffer["final_hidden"], torch.zeros_like(buffer["starts"])  # final_obs begins no episode
     _, next_values = guider.encode(buffer["final_obs"], buffer.get("final_state"), memory)
     next_values = value_norm.denormalize(next_values)
-    rewards, terminations, truncations = buffer["rewards"], buffer["terminations"], buffer["truncations"]
-    ends = terminations, truncations
+    rewards, ends = buffer["rewards"], (buffer["terminations"], buffer["truncations"])
     advantages, returns = compute_gae(rewards, values, next_values, *ends, args.gamma, args.gae_lambda)
     all_advantages, all_returns = gather(advantages), gather(returns)  # of all copies
     critic_fit = explained_variance(all_returns, all_advantages)  # its errors are returns - values
